@@ -1,0 +1,1 @@
+"""Training-free compressors and frame selectors, one file each, same signature as `memory.compress`."""

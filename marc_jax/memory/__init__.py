@@ -1,0 +1,1 @@
+"""The visual memory: events, embeddings, retrieval, compression, storage."""

@@ -1,0 +1,1 @@
+"""Rewards, advantages, losses, rollouts and update steps."""
