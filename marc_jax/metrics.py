@@ -93,9 +93,7 @@ class Writer:
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter  # 0.2 s, wanted by training alone
-
-            self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
+            self._board = _summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping) -> dict[str, float]:
         """Appends one step; returns the values as floats. Raises ValueError unless `step` is after the last one."""
@@ -124,6 +122,19 @@ class Writer:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX.SummaryWriter; it imports torch where torch is installed, which a training process must not."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # An import of it now raises ImportError, which tensorboardX expects.
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read(path) -> list[dict]:
