@@ -46,7 +46,8 @@ def reduce(metrics: Mapping) -> dict[str, float]:
     """
     host = jax.device_get(dict(metrics))
     values = {}
-    for name, x in host.items():
+    for name in metrics:  # device_get sorts the names; a log keeps them as they were given.
+        x = host[name]
         if isinstance(x, tuple):
             values[name] = float(x[0]) / float(x[1]) if float(x[1]) else math.nan
         else:
@@ -63,7 +64,7 @@ def check_finite(metrics: Mapping, step: int, batch_ids: Iterable = ()) -> None:
       batch_ids: what identifies the rows of the batch, for the message.
     """
     host = jax.device_get(dict(metrics))
-    bad = [name for name, x in host.items() if not np.isfinite(np.asarray(x, np.float64)).all()]
+    bad = [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
     if bad:
         raise NonFiniteError(step, bad, batch_ids)
 
