@@ -21,7 +21,7 @@ define install
 	if [ "$$(cat $(VENV)/$(2) 2>/dev/null)" != "$$want" ]; then \
 		test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || exit 1; \
 		echo "installing marc_jax[$(1)] into $(VENV), versions of $(CONSTRAINTS) ..."; \
-		$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[$(1)]" || exit 1; \
+		$(PIP) install -qq -c $(CONSTRAINTS) -e ".[$(1)]" || exit 1; \
 		echo "$$want" > $(VENV)/$(2); \
 	fi
 endef

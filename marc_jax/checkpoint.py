@@ -12,6 +12,7 @@ manifest. A hash finds damage; it is no signature. Directories are local or shar
 """
 
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -221,8 +222,9 @@ def _restore_args(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def _placed(value, x):
     sharding = getattr(x, "sharding", None)
     if _is_key(x):
-        key = jax.random.wrap_key_data(np.asarray(value), impl=_KEY_KINDS[str(x.dtype)])
-        return key if sharding is None else jax.device_put(key, sharding)
+        wrap = functools.partial(jax.random.wrap_key_data, impl=_KEY_KINDS[str(x.dtype)])
+        # jit, since device_put cannot place a key on the devices of other processes.
+        return wrap(np.asarray(value)) if sharding is None else jax.jit(wrap, out_shardings=sharding)(value)
     return value if sharding is not None else jax.numpy.asarray(value)
 
 
