@@ -98,13 +98,6 @@ def event_dicts(events: list[Event], difficulty: Difficulty) -> list[dict]:
     ]
 
 
-def event_from_dict(fields: Mapping) -> Event:
-    """The Event of one entry of a record's "events"."""
-    names = [field.name for field in dataclasses.fields(Event)]
-    lists = {"lanes", "phases"}
-    return Event(**{name: tuple(fields[name]) if name in lists else fields[name] for name in names})
-
-
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     """Encodes uint8 RGB [T, H, W, 3] as MPEG-4 in MP4; the file appears complete or not at all (OSError)."""
     part = path.with_name(_HIDDEN + path.name)
@@ -143,7 +136,10 @@ def is_complete_mp4(path: Path) -> bool:
 
 
 def estimate_bytes(videos: int, difficulty: Difficulty) -> int:
-    """An upper bound on what the videos take: OpenCV asks the encoder for at most 8 bits per pixel."""
+    """An upper bound on what the videos take.
+
+    The encoder is asked for at most 8 bits per pixel; clean scenes were measured at up to 0.27 bytes per pixel.
+    """
     most = max(*difficulty.events) * max(*difficulty.patches) * scenes.FRAMES_PER_PATCH
     per_frame = difficulty.size**2 // (1 if difficulty.noise else 3)
     return videos * (2048 + most * per_frame)
@@ -207,7 +203,8 @@ def _check_same_set(out: Path, settings: dict) -> None:
     found = json.loads(marker.read_text(encoding="utf-8"))
     if found != settings:
         differing = sorted(k for k in {*found, *settings} if found.get(k) != settings.get(k))
-        raise ValueError(f"{out} holds another set (different {', '.join(differing)}); choose another folder or remove it")
+        differing = ", ".join(differing)
+        raise ValueError(f"{out} holds another set (different {differing}); choose another folder or remove it")
 
 
 def _missing(out: Path, sizes: Mapping[str, int]) -> dict[str, list[int]]:
@@ -217,7 +214,8 @@ def _missing(out: Path, sizes: Mapping[str, int]) -> dict[str, list[int]]:
 def _check_room(out: Path, todo: int, videos: int, difficulty: Difficulty, max_bytes: int) -> None:
     whole, need = estimate_bytes(videos, difficulty), estimate_bytes(todo, difficulty)
     if whole > max_bytes:
-        raise ValueError(f"{videos} videos may take {whole / 1e9:.1f} GB, more than max_bytes = {max_bytes / 1e9:.1f} GB")
+        message = f"{videos} videos may take {whole / 1e9:.1f} GB"
+        raise ValueError(f"{message}, more than max_bytes = {max_bytes / 1e9:.1f} GB")
     free = shutil.disk_usage(out).free
     if todo and need + RESERVE_BYTES > free:
         message = f"{todo} videos may take {need / 1e6:.0f} MB, only {free / 1e6:.0f} MB free"

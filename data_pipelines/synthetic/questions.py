@@ -21,7 +21,15 @@ FAMILIES = {
     "what happened": ("happened",),
 }
 LETTERS = "ABCD"
-CHANCE = {"colour": 1 / 4, "shape": 1 / 4, "direction": 1 / 4, "count": 1 / 3, "happened": 1 / 4, "total": 1 / 5, "order": 1 / 2}
+CHANCE = {
+    "colour": 1 / 4,
+    "shape": 1 / 4,
+    "direction": 1 / 4,
+    "count": 1 / 3,
+    "happened": 1 / 4,
+    "total": 1 / 5,
+    "order": 1 / 2,
+}
 _CHOICES = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
@@ -88,7 +96,8 @@ def ask(
         choices = choices or _CHOICES[question_type]
         options = _lettered(choices)
         answer = LETTERS[choices.index(answer)]
-        problem = f"what happens to {event.content} ?" if question_type == "happened" else f"{question_type} in {place} ?"
+        asked = f"what happens to {event.content}" if question_type == "happened" else f"{question_type} in {place}"
+        problem = f"{asked} ?"
         think = _caption(event)
     elif question_type == "count":
         answer, problem, think = event.count, f"how many in {place} ?", _caption(event)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -28,6 +29,15 @@ class Pool:
     content_e: np.ndarray
     patches_e: np.ndarray
 
+    def take(self, ids) -> list[Event]:
+        """The events of one row of `recompose`."""
+        return [self.events[i] for i in ids if i >= 0]
+
+    @functools.cached_property
+    def kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The backgrounds and the contents that occur."""
+        return np.unique(self.background_e), np.unique(self.content_e)
+
     @functools.cached_property
     def cells(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids sorted by cell, first position of each cell, events in each cell); cell = background x content."""
@@ -46,6 +56,22 @@ def make_pool(events) -> Pool:
     return Pool(events, np.array(background), np.array(content), np.array([e.patches for e in events]))
 
 
+def pool_from_records(records: Iterable[Mapping]) -> tuple[Pool, list[tuple[str, int, int]]]:
+    """A pool of all events of all videos in a split's records, and (path, start_patch, end_patch) of each of them.
+
+    Videos with several questions count once; event ids follow the order of the records.
+    """
+    events, places, seen = [], [], set()
+    for record in records:
+        if record["video_id"] in seen:
+            continue
+        seen.add(record["video_id"])
+        for fields in record["events"]:
+            events.append(Event.from_dict(fields))
+            places.append((record["path"], fields["start_patch"], fields["end_patch"]))
+    return make_pool(events), places
+
+
 def recompose(rng: np.random.Generator, pool: Pool, n_events, batch: int = 64) -> np.ndarray:
     """Event ids of `batch` new videos, int64 [batch, most events], -1 after the last event of a shorter video.
 
@@ -59,15 +85,16 @@ def recompose(rng: np.random.Generator, pool: Pool, n_events, batch: int = 64) -
         n_b = np.broadcast_to(np.asarray(n_events, np.int64), (batch,))
     width = int(n_b.max())
     order, first, held = pool.cells
-    possible = min(len(np.unique(pool.background_e)), len(np.unique(pool.content_e)))
+    backgrounds, contents = pool.kinds
+    possible = min(len(backgrounds), len(contents))
     if width > possible or n_b.min() < 1:
         raise ValueError(f"videos of {n_b.min()} to {width} events from a pool that allows 1 to {possible}")
     ids = np.full((batch, width), -1, np.int64)
     todo = np.arange(batch)
     for _ in range(20):
         # n different backgrounds meet n different contents in a random matching; a pair the pool lacks is drawn again
-        background = np.argsort(rng.random((len(todo), BACKGROUNDS)), axis=1)[:, :width]
-        content = np.argsort(rng.random((len(todo), CONTENTS)), axis=1)[:, :width]
+        background = backgrounds[np.argsort(rng.random((len(todo), len(backgrounds))), axis=1)[:, :width]]
+        content = contents[np.argsort(rng.random((len(todo), len(contents))), axis=1)[:, :width]]
         cell = background * CONTENTS + content
         used = np.arange(width) < n_b[todo, None]
         good = ((held[cell] > 0) | ~used).all(1)

@@ -1,12 +1,14 @@
 """Scenes of the synthetic set: latents, sampling, rendering. numpy and OpenCV only.
 
-A video is a row of events. An event is a background (hue x texture, unique inside its video) with one to three identical
-objects, each in its own lane, all moving the same way and wrapping round; its (colour, shape) pair is unique inside the
-video too, so it can be asked for by background or by content. Event borders fall on temporal patches of two frames.
+A video is a row of events. An event is a background (hue x texture, unique inside its video) with one to three
+identical objects, each in its own lane, all moving the same way and wrapping round; its (colour, shape) pair is unique
+inside the video too, so it can be asked for by background or by content. Event borders fall on temporal patches of two
+frames.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -56,12 +58,19 @@ class Event:
     def content(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    @classmethod
+    def from_dict(cls, fields: Mapping) -> "Event":
+        """The event of one entry of a record's "events"; what is not about the scene itself is left out."""
+        known = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**known, "lanes": tuple(known["lanes"]), "phases": tuple(known["phases"])})
+
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
     """How hard the videos and questions are; (low, high) ranges include both ends.
 
-    More and shorter events, longer dissolves of look-alike scenes (more `hues`), `noise` and shuffled options are harder.
+    More events, shorter events, more dissolves, `noise` and shuffled options are harder; fewer hues make scenes more
+    alike. `size` is in pixels and `patches` counts temporal patches of 2 frames, 2 / fps seconds each.
     """
 
     size: int = 56
@@ -83,7 +92,7 @@ class Difficulty:
         if self.size < 28 or self.size % 28:
             raise ValueError(f"size must be a multiple of 28, got {self.size}")
         if not 1 <= self.events[0] <= self.events[1] <= most:
-            raise ValueError(f"events must be a range inside 1..{most} (unique backgrounds and contents), got {self.events}")
+            raise ValueError(f"events must be a range inside 1..{most} (no repeats in a video), got {self.events}")
         if not 1 <= self.patches[0] <= self.patches[1]:
             raise ValueError(f"patches must be a range of positive lengths, got {self.patches}")
         if not 1 <= self.speed[0] <= self.speed[1] < 14:
@@ -192,11 +201,13 @@ def render_event(event: Event, size: int, frames: int, start: int = 0) -> np.nda
     return out
 
 
-def render(events: list[Event], size: int = 56, *, noise: float = 0.0, rng: np.random.Generator | None = None) -> np.ndarray:
+def render(
+    events: list[Event], size: int = 56, *, noise: float = 0.0, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """Frames of a whole video, uint8 RGB [T, size, size, 3], T = 2 * total patches.
 
-    A dissolving event blends its first patch with the scene before it (one third, then two thirds new); every other frame
-    is clean. `noise` is the standard deviation in units of full brightness and needs `rng`.
+    A dissolving event blends its first patch with the scene before it (one third, then two thirds new); every other
+    frame is clean. `noise` is the standard deviation in units of full brightness and needs `rng`.
     """
     parts = []
     for i, event in enumerate(events):

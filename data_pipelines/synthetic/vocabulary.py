@@ -34,7 +34,10 @@ def words() -> list[str]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """WordLevel over `words()`. Whitespace, ".", ":" and "Options:" vanish; other words become <unk>; decoding joins with spaces."""
+    """WordLevel over `words()`: other words become <unk>, decoding joins with spaces.
+
+    Whitespace, ".", ":" and "Options:" vanish, so that the option "A. red" and the answer "A" share a token.
+    """
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words())}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Replace(Regex(r"Options:|[.:]"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
