@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -287,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def progress(split, done, total):
-        print(f"\r{split}: {done}/{total} videos", end="\n" if done == total else "", flush=True)
+        if done == total or sys.stdout.isatty():
+            print(f"\r{split}: {done}/{total} videos", end="\n" if done == total else "", flush=True)
 
     try:
         difficulty = Difficulty(

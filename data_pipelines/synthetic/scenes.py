@@ -19,13 +19,13 @@ LANES = 3
 # RGB, (light, dark). Backgrounds stay below half brightness and objects above it, so that the halved colour
 # resolution of MP4 (4:2:0) cannot confuse the two.
 HUES = {
-    "blue": ((45, 70, 170), (20, 32, 92)),
-    "green": ((35, 125, 55), (14, 66, 26)),
-    "grey": ((116, 116, 116), (62, 62, 62)),
-    "purple": ((122, 44, 140), (66, 20, 80)),
+    "blue": ((40, 62, 160), (18, 28, 84)),
+    "green": ((28, 98, 42), (11, 50, 20)),
+    "grey": ((84, 84, 84), (42, 42, 42)),
+    "purple": ((112, 38, 132), (58, 18, 72)),
 }
 TEXTURES = ("plain", "stripes", "bars", "checks")
-COLOURS = {"red": (244, 48, 36), "yellow": (255, 224, 30), "white": (255, 255, 255), "cyan": (40, 232, 255)}
+COLOURS = {"red": (255, 72, 56), "yellow": (255, 224, 30), "white": (255, 255, 255), "cyan": (40, 232, 255)}
 SHAPES = ("square", "disc", "cross", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
@@ -173,7 +173,7 @@ def sprite(shape: str, size: int) -> np.ndarray:
     n = s * fine
     canvas = np.zeros((n, n), np.uint8)
     if shape == "square":
-        canvas[n // 14 : -(n // 14), n // 14 : -(n // 14)] = 255
+        canvas[:] = 255
     elif shape == "disc":
         cv2.circle(canvas, (n // 2, n // 2), n // 2 - 1, 255, -1)
     elif shape == "cross":

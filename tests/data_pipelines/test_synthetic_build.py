@@ -1,5 +1,7 @@
 """The files: they show what the latents say, appear whole or not at all, and a stopped build goes on."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -96,6 +98,22 @@ def test_colours_survive_the_codec(folder):
             held = np.bincount(nearest.ravel(), minlength=len(names))
             assert names[int(np.argmax(held[: len(scenes.COLOURS)]))] == event.colour
             assert names[len(scenes.COLOURS) + int(np.argmax(held[len(scenes.COLOURS) :]))][:-1] == event.hue
+
+
+def test_shapes_directions_and_colours_survive_the_codec(folder):
+    """Of all scenes that differ in colour, shape or direction only, the decoded one is nearest to the one drawn."""
+    for i in range(6):
+        events = build.latents(0, "train", i, DIFFICULTY)
+        read = read_with_opencv(folder / build.video_path("train", i)).astype(np.float64)
+        for event, (_, end) in zip(events, scenes.patch_spans(events), strict=True):
+            error = {}
+            for what in itertools.product(scenes.COLOURS, scenes.SHAPES, scenes.DIRECTIONS):
+                other = dataclasses.replace(event, colour=what[0], shape=what[1], direction=what[2])
+                drawn = scenes.render_event(other, 56, 2, start=2 * event.patches - 2)
+                error[what] = ((drawn - read[2 * end - 2 : 2 * end]) ** 2).mean()
+            first, second = sorted(error.values())[:2]
+            assert min(error, key=error.get) == (event.colour, event.shape, event.direction)
+            assert second > 1.3 * first
 
 
 def test_motion_goes_where_it_should():

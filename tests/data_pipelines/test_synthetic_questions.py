@@ -78,7 +78,7 @@ def test_the_words_of_a_question_do_not_give_its_answer(videos, kind, options):
 
 @pytest.mark.parametrize("kind", questions.TYPES)
 def test_one_random_patch_is_worth_no_more_than_the_chance_to_hit_the_event(videos, asked, kind):
-    """A perfect reader of one temporal patch, who knows every latent of the scene in it and the best guess otherwise."""
+    """A perfect reader of one temporal patch knows every latent of its scene, and the best guess otherwise."""
     rng = np.random.default_rng(8)
     keys, hits = [], []
     for events, question in zip(videos, asked[kind], strict=True):
