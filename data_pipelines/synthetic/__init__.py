@@ -1,1 +1,5 @@
-"""The embedded default data: procedural video questions rendered to real MP4 files."""
+"""A procedural video question set: real MP4 files, exact answers, no download.
+
+`scenes` draws and renders videos, `questions` asks about them, `recompose` makes new videos out of old events,
+`vocabulary` writes the tokenizer, `build` puts everything on disk.
+"""
