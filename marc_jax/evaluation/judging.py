@@ -8,7 +8,8 @@ from marc_jax.rl import answers
 def mean_relative_accuracy(predicted: float, truth: float) -> float:
     """MRA of VSI-Bench: the share of theta in {0.50, 0.55, ..., 0.95} with relative error below 1 - theta.
 
-    Relative error = |predicted - truth| / (|truth| + 1e-8). In float32 and strict, as Video-R1 computes it: (90, 100) scores 0.9 and (95, 100) scores 1.0 only there.
+    Relative error = |predicted - truth| / (|truth| + 1e-8).
+    In float32 and strict, as Video-R1 computes it: only so does (90, 100) score 0.9 and (95, 100) score 1.0.
     """
     theta = (0.5 + 0.05 * np.arange(10)).astype(np.float32)
     distance = np.abs(np.float32(predicted) - np.float32(truth)) / (np.abs(np.float32(truth)) + np.float32(1e-8))
