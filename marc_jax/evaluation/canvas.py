@@ -4,9 +4,10 @@ Text goes through matplotlib, which brings its own font: accents, arrows, Greek 
 where such a font is installed.
 """
 
+import itertools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,10 +49,12 @@ class Page:
 
     def lines(self, text: str, size: float, width: float, most: int, weight: str = "normal") -> list[str]:
         """The text broken into at most `most` lines of that width; what does not fit is counted on the last line."""
-        lines = _break(text, lambda part: self.width(part, size, weight) <= width)
+        text = str(text)
+        broken = _break(text, lambda part: self.width(part, size, weight) <= width)
+        lines = list(itertools.islice(broken, most + 1))
         if len(lines) <= most:
             return lines
-        cut = sum(len(line) for line in lines[most:])
+        cut = max(1, len(text) - sum(len(line) + 1 for line in lines[:most]))
         last = lines[most - 1]
         while last and self.width(f"{last} … +{cut} characters", size, weight) > width:
             last, cut = last[:-1], cut + 1
@@ -106,24 +109,31 @@ def _installed(families: Sequence[str]) -> list[str]:
     return [name for name in families if name in known] or ["sans-serif"]
 
 
-def _break(text: str, fits) -> list[str]:
-    """Greedy line breaking at blanks; a word too long for a line is cut where it must be."""
-    lines = []
-    for paragraph in str(text).splitlines() or [""]:
+def _break(text: str, fits: Callable[[str], bool]) -> Iterator[str]:
+    """Greedy line breaking at blanks, a line at a time; a word too long for a line is cut where it must be."""
+    for paragraph in text.splitlines() or [""]:
         line = ""
-        for word in paragraph.split(" "):  # a wide blank (U+2003) holds its words apart
-            longer = f"{line} {word}" if line else word
-            if fits(longer):
-                line = longer
+        for word in paragraph.replace("\t", " ").split(" "):  # a wide blank (U+2003) holds its words apart
+            if fits(f"{line} {word}" if line else word):
+                line = f"{line} {word}" if line else word
                 continue
             if line:
-                lines.append(line)
-            while not fits(word) and len(word) > 1:
-                cut = len(word) - 1
-                while cut > 1 and not fits(word[:cut]):
-                    cut = cut - 1 if cut < 40 else cut * 3 // 4
-                lines.append(word[:cut])
+                yield line
+            while len(word) > 1 and not fits(word):
+                cut = _longest(word, fits)
+                yield word[:cut]
                 word = word[cut:]
             line = word
-        lines.append(line)
-    return lines
+        yield line
+
+
+def _longest(word: str, fits: Callable[[str], bool]) -> int:
+    """How many characters of the word fit, at least one: the step doubles, then halves."""
+    low, high = 1, 2
+    while high < len(word) and fits(word[:high]):
+        low, high = high, 2 * high
+    high = min(high, len(word))
+    while high - low > 1:
+        mid = (low + high) // 2
+        low, high = (mid, high) if fits(word[:mid]) else (low, mid)
+    return low

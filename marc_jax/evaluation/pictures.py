@@ -236,7 +236,9 @@ def _kept_note(page, sample, weights_s, chosen, place, name: str) -> None:
     ends = float(sample.seconds[min(2 * last + 1, len(sample.seconds) - 1)])
     when = f"{starts:.1f} to {ends:.1f} s" if ends > starts else f"at {starts:.1f} s"
     share = max(weight for weight, _ in parts)
-    words = [f"mean of {_many(len(parts), 'patch')}, {when}"] + ([f"heaviest: {100 * share:.0f} %"] if share < 1 else [])
+    words = [f"mean of {_many(len(parts), 'patch')}, {when}"]
+    if share < 1:
+        words.append(f"the heaviest counts {100 * share:.0f} %")
     x, room = left + thumb + 14, wide - thumb - 14
     y = page.paragraph(x, top, page.lines(name, 15, room, 2, "bold"), 15, weight="bold") + 2
     for sentence in words:

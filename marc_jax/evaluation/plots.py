@@ -24,9 +24,9 @@ LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 PANELS = (
     ("loss", ("loss", "ce", "nll"), False),
     ("KL to the teacher", ("distill_kl", "reverse_kl", "kl_teacher"), False),
-    ("reward", ("reward", "reward_mean", "rewards"), False),
+    ("reward", ("reward", "rewards"), False),
     ("accuracy", ("accuracy", "acc", "reward_accuracy"), True),
-    ("dead groups", ("dead_groups", "dead", "dead_share"), True),
+    ("dead groups", ("dead_groups", "dead", "dead_share", "frac_reward_zero_std"), True),
     ("KL to the reference", ("kl", "kl_ref"), False),
     ("recall@1", ("recall@1", "recall_1", "recall1"), True),
     ("format", ("format", "format_rate", "reward_format"), True),
@@ -138,10 +138,12 @@ def accuracy_bars(arms: Sequence[Mapping], chance: float | None, theme: Mapping)
 
 
 def type_heat(arms: Sequence[Mapping], chance: Mapping | None, apart: Sequence[str], theme: Mapping):
-    """Arms by question types, every cell with its number; the chance of every type in the last row."""
+    """Arms by question types, every cell with its number; chance in the last row. None when there are no types."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     types = sorted({name for arm in arms for name in arm.get("per_type", {})}, key=lambda name: (name in apart, name))
+    if not types:
+        return None
     levels = (chance or {}).get("per_type", {})
     rows = [(arm["label"], {n: c.get("accuracy") for n, c in arm.get("per_type", {}).items()}) for arm in arms]
     if levels:
@@ -185,8 +187,10 @@ def _wrap(text: str, width: int) -> str:
 
 
 def pareto(arms: Sequence[Mapping], chance: float | None, theme: Mapping):
-    """Accuracy against visual tokens; the stairs join the arms that no other arm beats with fewer tokens."""
+    """Accuracy against visual tokens; the stairs join the arms that none beats with fewer tokens. None without any."""
     known = [arm for arm in arms if arm.get("visual_tokens") is not None and headline(arm).get("accuracy") is not None]
+    if not known:
+        return None
     fig = figure(7.2, 4.6, theme)
     ax = fig.add_axes((0.085, 0.115, 0.89, 0.85))
     style(ax, theme, "both")
@@ -264,9 +268,9 @@ def stage_curves(rows: Sequence[Mapping], theme: Mapping):
         return None
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
-    fig = figure(7.2, 0.25 + 1.95 * lines, theme)
+    fig = figure(5.4, 0.2 + 1.6 * lines, theme)
     axes = fig.subplots(lines, columns, squeeze=False)
-    fig.subplots_adjust(0.075, 0.16 / lines, 0.925, 1 - 0.12 / lines, wspace=0.35, hspace=0.5)
+    fig.subplots_adjust(0.095, 0.17 / lines, 0.9, 1 - 0.16 / lines, wspace=0.5, hspace=0.55)
     for i, ax in enumerate(axes.flat):
         if i >= len(panels):
             ax.set_visible(False)
@@ -295,12 +299,14 @@ def choose_panels(rows: Sequence[Mapping]) -> list[tuple[str, str, bool]]:
     names = sorted(numbers - {"step", "time"})
     last = {}
     for name in names:
-        last.setdefault(name.replace("\\", "/").rsplit("/", 1)[-1].lower(), name)
+        last.setdefault(name.removesuffix("/mean").removesuffix("_mean").rsplit("/", 1)[-1].lower(), name)
     found = []
     for label, spellings, percent in PANELS:
         name = next((last[s] for s in spellings if s in last), None)
         if name is not None:
             found.append((label, name, percent))
+    if len(found) > 4 and any(label == "reward" for label, _, _ in found):
+        found = [panel for panel in found if panel[0] != "loss"]  # a policy-gradient loss says nothing to the eye
     if not found:
         found = [(name, name, False) for name in names]
     return found[:4]
@@ -330,8 +336,8 @@ def recall_bars(retriever: Mapping, theme: Mapping):
     lines = {"all questions": retriever, **retriever.get("per_type", {})}
     if not names:
         return None
-    fig = figure(7.2, 3.4, theme)
-    ax = fig.add_axes((0.085, 0.15, 0.64, 0.8))
+    fig = figure(5.4, 3.2, theme)
+    ax = fig.add_axes((0.105, 0.15, 0.55, 0.81))
     style(ax, theme, "y")
     ks = [int(name.split("@")[1]) for name in names]
     ends = []
