@@ -3,6 +3,7 @@
 The schema of results.json (percent everywhere, None or absent where unknown; only `title` and `arms` must be there):
 
     title, config, hardware, date, seed, command, commit    how the run was made; `command` reproduces it
+    split, decoding   str; which questions, disjoint from what; how answers were decoded ("greedy, at most 14 tokens")
     headline      str; optional, replaces the sentence made from the numbers
     apart         question types that the headline numbers leave out, ["order"]
     arms          [{"key", "label", "group": "teacher" | "baseline" | "student", "main": true for the arm of the

@@ -157,16 +157,18 @@ def retention(
     return 100 * float(a.sum() / b.sum()), [100 * low, 100 * high]
 
 
-def compare(rows_a: Sequence[Row], rows_b: Sequence[Row], *, by_video: bool = False, seed: int = 0) -> dict:
-    """Is arm a better than arm b? Paired, on the questions both were asked.
+def compare(
+    rows_a: Sequence[Row], rows_b: Sequence[Row], *, apart: Sequence[str] = (), by_video: bool = False, seed: int = 0
+) -> dict:
+    """Is arm a better than arm b? Paired, on the questions both were asked, without the types named in `apart`.
 
     Returns:
-      {"n", "difference" and "ci95" in points (a - b), "only_a", "only_b" (questions one arm alone got fully right),
+      {"n", "leaves_out" (the types of `apart` that occur), "difference" and "ci95" in points (a - b), "only_a", "only_b" (questions one arm alone got fully right),
       "p", "test"}; the test is exact McNemar for 0/1 scores of independent questions, else a paired bootstrap.
     Raises:
       ValueError: the arms share no question.
     """
-    a, b, videos = paired(rows_a, rows_b)
+    a, b, videos = paired([row for row in rows_a if row.get("question_type") not in apart], rows_b)
     if not len(a):
         raise ValueError("the two arms share no question, so they cannot be compared")
     clusters = np.asarray(videos) if by_video else None
@@ -175,6 +177,7 @@ def compare(rows_a: Sequence[Row], rows_b: Sequence[Row], *, by_video: bool = Fa
     exact = not by_video and set(np.unique(np.concatenate([a, b]))) <= {0.0, 1.0}
     return {
         "n": len(a),
+        "leaves_out": sorted({str(row.get("question_type")) for row in rows_a} & set(apart)),
         "difference": 100 * float(np.mean(a - b)),
         "ci95": [100 * low, 100 * high],
         "only_a": only_a,

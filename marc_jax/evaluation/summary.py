@@ -130,13 +130,14 @@ def tables(results: Mapping) -> list[tuple[str, list[str], list[list[str]]]]:
     names = {arm["key"]: arm["label"] for arm in results["arms"]}
     comparisons = results.get("comparisons") or []
     if comparisons:
-        head = ["arm", "against", "difference, points (95 %)", "p", "only the first right", "only the second", "test"]
+        head = ["arm", "against", "questions", "difference, points (95 %)", "p", "only the first right",
+                "only the second", "test"]  # fmt: skip
         rows = [
-            [names[c["a"]], names[c["b"]], interval(c.get("difference"), c.get("ci95")), _p(c.get("p")),
+            [names[c["a"]], names[c["b"]], _asked(c), interval(c.get("difference"), c.get("ci95")), _p(c.get("p")),
              number(c.get("only_a")), number(c.get("only_b")), c.get("test", "")]
             for c in comparisons
         ]  # fmt: skip
-        found.append(("Paired comparisons, all questions", head, rows))
+        found.append(("Paired comparisons", head, rows))
     retriever = results.get("retriever") or {}
     ks = sorted((k for k in retriever if k.startswith("recall@")), key=lambda k: int(k.split("@")[1]))
     if ks:
@@ -149,6 +150,11 @@ def tables(results: Mapping) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
+def _asked(comparison: Mapping) -> str:
+    left = ", ".join(comparison.get("leaves_out") or [])
+    return number(comparison.get("n")) + (f" (no {left})" if left else "")
+
+
 def _p(value: float | None) -> str:
     return "–" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
@@ -156,14 +162,17 @@ def _p(value: float | None) -> str:
 def method(results: Mapping) -> list[str]:
     """How it was measured, as sentences."""
     words = []
-    most = max((arm.get("n") or 0 for arm in results["arms"]), default=0)
-    if most:
-        words.append(f"{most:,} held-out questions per arm, the same questions for every arm, decoded greedily.")
+    asked = sorted({arm["n"] for arm in results["arms"] if arm.get("n")})
+    if asked:
+        many = f"{asked[0]:,}" if len(asked) == 1 else f"{asked[0]:,} to {asked[-1]:,}"
+        words.append(f"{many} questions per arm." + (f" {results['split']}." if results.get("split") else ""))
+    if results.get("decoding"):
+        words.append(f"Answers: {results['decoding']}.")
     lost = {arm["label"]: arm["unreadable"] for arm in results["arms"] if arm.get("unreadable")}
     words += [f"{label}: {count:,} questions not asked (unreadable video)." for label, count in lost.items()]
     if results.get("apart"):
         types = ", ".join(results["apart"])
-        words.append(f"Headline accuracy and retention leave {types} questions out; one merged patch holds no time.")
+        words.append(f"Headline accuracy and retention leave {types} questions out; the tables by type show them.")
     words.append("Intervals are 95 %: Wilson's for right or wrong; a bootstrap for soft scores and ratios of arms.")
     words.append("Retention is accuracy divided by the teacher's, on the same questions, resampled together.")
     chance = (results.get("chance") or {}).get("headline")

@@ -41,6 +41,8 @@ def results(tmp_path_factory):
         "date": "2026-01-02",
         "seed": 0,
         "apart": ["order"],
+        "split": "Test split, no video of which was trained on",
+        "decoding": "greedy",
         "arms": [{"key": k, "label": labels[k], "group": groups[k], **table} for k, table in tables.items()],
         "chance": scoring.chance(rows["teacher"]),
         "comparisons": [{"a": "student", "b": "raw", **scoring.compare(rows["student"], rows["raw"])}],
@@ -97,6 +99,7 @@ def test_the_page_is_whole_and_self_contained(written):
                     "How to reproduce", "Event boundaries"):  # fmt: skip
         assert heading in page.text
     assert "make quickstart" in page.text and "One seed only." in page.text
+    assert "90 questions per arm. Test split" in page.text and "Answers: greedy." in page.text
 
 
 def test_the_headline_comes_first_and_says_tokens_and_retention(results, written):

@@ -99,6 +99,12 @@ def test_the_paired_test_sees_what_single_intervals_do_not():
     assert overlap > 0
 
 
+def test_comparison_can_leave_types_out(student, teacher):
+    result = scoring.compare(student, teacher, apart=("order", "absent"))
+    assert result["n"] == 10 and result["leaves_out"] == ["order"]
+    assert result["difference"] == pytest.approx(-30)
+
+
 def test_comparison_uses_only_shared_questions_and_any_order():
     a = [row(i, correct=i < 5) for i in range(10)]
     b = [row(i, correct=False) for i in reversed(range(2, 20))]
