@@ -163,8 +163,9 @@ def compare(
     """Is arm a better than arm b? Paired, on the questions both were asked, without the types named in `apart`.
 
     Returns:
-      {"n", "leaves_out" (the types of `apart` that occur), "difference" and "ci95" in points (a - b), "only_a", "only_b" (questions one arm alone got fully right),
-      "p", "test"}; the test is exact McNemar for 0/1 scores of independent questions, else a paired bootstrap.
+      {"n", "leaves_out" (the types of `apart` that occur), "difference" and "ci95" in points (a - b), "only_a" and
+      "only_b" (questions that one arm alone got fully right), "p", "test"}; the test is exact McNemar for 0/1 scores of
+      independent questions, else a paired bootstrap.
     Raises:
       ValueError: the arms share no question.
     """
