@@ -1,0 +1,197 @@
+"""Host side of a step: which videos, which questions, as padded numpy arrays. Deterministic in (seed, stage, step).
+
+Training draws *recomposed* videos: events of decoded training videos set side by side anew. No vision attention
+crosses a temporal patch (models.md 1.3), so their visual tokens are exactly those of the file that would hold them.
+"""
+
+import dataclasses
+import functools
+import zlib
+
+import numpy as np
+
+from data_pipelines.synthetic import questions as ask
+from data_pipelines.synthetic import recompose
+from marc_jax.memory.view import VideoIndex
+from marc_jax.models.prompts import Visual as Placeholder
+from marc_jax.models.prompts import build_prompt
+from marc_jax.rl.types import PromptBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static lengths: patches and events of a video, patches of one event, text tokens of a question, of an answer."""
+
+    patches: int
+    events: int
+    event: int
+    question: int
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Videos:
+    """B videos as spans of a patch bank. `start_be`, `len_be` count patches inside the video, `row_be` in the bank."""
+
+    row_be: np.ndarray
+    start_be: np.ndarray
+    len_be: np.ndarray
+    mask_be: np.ndarray
+    emb_bed: np.ndarray
+
+    def index(self, sizes: Sizes) -> VideoIndex:
+        """Spans -> padded patch rows."""
+        t = np.arange(sizes.patches)[None, :, None]
+        inside_bte = (t >= self.start_be[:, None]) & (t < (self.start_be + self.len_be)[:, None]) & self.mask_be[:, None]
+        mask_bt = inside_bte.any(-1)
+        event_bt = np.where(mask_bt, inside_bte.argmax(-1), sizes.events)
+        slot_bt = np.minimum(event_bt, sizes.events - 1)
+        row_bt = np.take_along_axis(self.row_be - self.start_be, slot_bt, 1) + t[..., 0]
+        return VideoIndex(
+            np.where(mask_bt, row_bt, 0).astype(np.int32), mask_bt, event_bt.astype(np.int32),
+            self.start_be.astype(np.int32), self.len_be.astype(np.int32), self.mask_be, self.emb_bed,
+        )  # fmt: skip
+
+    def repeat(self, g: int) -> "Videos":
+        """Each video g times, one after the other."""
+        return Videos(*(np.repeat(getattr(self, f.name), g, axis=0) for f in dataclasses.fields(self)))
+
+
+def question_text(problem: str, options) -> str:
+    """The user's text: the problem, then the options, as in Video-R1's prompts without the thinking instructions."""
+    return problem + ("Options:\n" + "\n".join(options) if options else "")
+
+
+class Prompter:
+    """Token arrays of questions in the chat template; every distinct prompt is built once."""
+
+    def __init__(self, tokenizer, grid_hw: tuple[int, int], time_scale: float, system: str = ""):
+        self.tokenizer, self.grid_hw, self.time_scale, self.system = tokenizer, grid_hw, time_scale, system
+        self.tokens_per_patch = grid_hw[0] * grid_hw[1]
+        self._prompt = functools.lru_cache(maxsize=200_000)(self._build)
+        self._answer = functools.lru_cache(maxsize=200_000)(self._encode_answer)
+        self._text = functools.lru_cache(maxsize=200_000)(lambda text: np.array(tokenizer.encode(text), np.int32))
+
+    def _build(self, text: str, kept: int, patches: int):
+        """`kept` patches' placeholders at temporal offset 0; the text goes on after a video of `patches`."""
+        h, w = self.grid_hw
+        extent = max(int((patches - 1) * self.time_scale + 1e-4) + 1, h, w)
+        place = Placeholder(kind="video", grid=(kept, h, w), t_ids=(0,) * kept, extent=extent)
+        return build_prompt(self.tokenizer, text, [place], system=self.system)
+
+    def _encode_answer(self, text: str) -> np.ndarray:
+        return np.array([*self.tokenizer.encode(text), self.tokenizer.id("<|im_end|>")], np.int32)
+
+    def prompts(self, texts, kept: int, patches_b, length: int) -> PromptBatch:
+        """Whole prompts, right-padded to `length`."""
+        return _stack([self._prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
+
+    def split(self, texts_bg, answers_bg, kept: int, patches_b, sizes: Sizes):
+        """Prompts cut behind their last visual token: the shared prefix, and per question the rest with its answer.
+
+            prefix  <|im_start|> user <|vision_start|> v v v v          once per video
+            suffix  <|vision_end|> question ... assistant answer        G of them; loss on the answer alone
+
+        Returns (prefix PromptBatch [B, P], tokens_bgr, mask_bgr, loss_bgr), R = sizes.question + sizes.answer.
+        """
+        b, g, r = len(texts_bg), len(texts_bg[0]), sizes.question + sizes.answer
+        tokens_bgr = np.zeros((b, g, r), np.int32)
+        mask_bgr, loss_bgr = np.zeros((b, g, r), bool), np.zeros((b, g, r), bool)
+        prefixes = []
+        for i, (texts, answers, t) in enumerate(zip(texts_bg, answers_bg, patches_b, strict=True)):
+            for j, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+                prompt = self._prompt(text, kept, int(t))
+                cut = int(np.flatnonzero(np.asarray(prompt.vis_index) >= 0)[-1]) + 1
+                rest, target = np.asarray(prompt.tokens[cut:]), self._answer(answer)
+                if len(rest) > sizes.question or len(target) > sizes.answer:
+                    raise ValueError(
+                        f"question of {len(rest)} tokens (limit {sizes.question}), answer of {len(target)} "
+                        f"(limit {sizes.answer}): {text!r}"
+                    )
+                n = len(rest) + len(target)
+                tokens_bgr[i, j, :n] = np.concatenate([rest, target])
+                mask_bgr[i, j, :n] = True
+                loss_bgr[i, j, len(rest) : n] = True
+            start = int(np.asarray(prompt.pos)[0, cut])
+            prefixes.append(dataclasses.replace(
+                prompt, tokens=prompt.tokens[:cut], pos=prompt.pos[:, :cut], vis_index=prompt.vis_index[:cut],
+                next_pos=start))  # fmt: skip
+        return _stack(prefixes, len(prefixes[0].tokens)), tokens_bgr, mask_bgr, loss_bgr
+
+    def queries(self, problems, length: int):
+        """Question tokens for the retriever: int32 [B, length] and their mask."""
+        tokens_bl, mask_bl = np.zeros((len(problems), length), np.int32), np.zeros((len(problems), length), bool)
+        for i, problem in enumerate(problems):
+            ids = self._text(problem)[:length]
+            tokens_bl[i, : len(ids)] = ids
+            mask_bl[i, : len(ids)] = True
+        return tokens_bl, mask_bl
+
+
+def _stack(prompts, length: int) -> PromptBatch:
+    b = len(prompts)
+    tokens_bp, mask_bp = np.zeros((b, length), np.int32), np.zeros((b, length), bool)
+    pos_3bp, vis_index_bp = np.zeros((3, b, length), np.int32), np.full((b, length), -1, np.int32)
+    for i, prompt in enumerate(prompts):
+        n = len(prompt.tokens)
+        if n > length:
+            raise ValueError(f"a prompt of {n} tokens does not fit the limit of {length}")
+        tokens_bp[i, :n], mask_bp[i, :n] = prompt.tokens, True
+        pos_3bp[:, i, :n], vis_index_bp[i, :n] = prompt.pos, prompt.vis_index
+    next_pos_b = np.array([prompt.next_pos for prompt in prompts], np.int32)
+    return PromptBatch(tokens_bp, mask_bp, pos_3bp, vis_index_bp, next_pos_b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Questions about B videos, G each: the latent questions and, per question, the events it needs."""
+
+    videos: Videos
+    questions_bg: list[list[ask.Question]]
+    ids_b: np.ndarray
+
+    @property
+    def texts_bg(self):
+        return [[question_text(q.problem, q.options) for q in row] for row in self.questions_bg]
+
+    @property
+    def answers_bg(self):
+        return [[q.target for q in row] for row in self.questions_bg]
+
+    @property
+    def problems(self):
+        return [q.problem for row in self.questions_bg for q in row]
+
+    def needed(self, events: int) -> np.ndarray:
+        """bool [B*G, E]."""
+        out = np.zeros((len(self.problems), events), bool)
+        for i, q in enumerate(q for row in self.questions_bg for q in row):
+            out[i, list(q.needed)] = True
+        return out
+
+
+class Recomposer:
+    """Training videos out of a pool of decoded events, and questions about them."""
+
+    def __init__(self, pool: recompose.Pool, row_e: np.ndarray, sizes: Sizes, types, seed: int):
+        self.pool, self.row_e, self.sizes, self.types, self.seed = pool, row_e, sizes, tuple(types), seed
+        self.emb_ed = np.zeros((len(row_e), 1), np.float32)
+
+    def draw(self, stage: str, step: int, videos: int, per_video: int, events: tuple[int, int]) -> Asked:
+        """The videos and questions of one step; the same for the same (seed, stage, step)."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(stage.encode()), step])
+        ids_be = recompose.recompose(rng, self.pool, tuple(events), videos)
+        pad = self.sizes.events - ids_be.shape[1]
+        ids_be = np.pad(ids_be, ((0, 0), (0, pad)), constant_values=-1)
+        mask_be = ids_be >= 0
+        safe_be = np.maximum(ids_be, 0)
+        len_be = np.where(mask_be, self.pool.patches_e[safe_be], 0)
+        start_be = np.cumsum(len_be, axis=1) - len_be
+        spans = Videos(self.row_e[safe_be], start_be, len_be, mask_be, self.emb_ed[safe_be])
+        types = [t for t in self.types if ask.events_needed(t) <= events[0]]
+        asked = []
+        for row in ids_be:
+            scenes = [self.pool.events[i] for i in row if i >= 0]
+            chosen = rng.permutation(len(types))[np.arange(per_video) % len(types)]
+            asked.append([ask.make_question(rng, scenes, types[c]) for c in chosen])
+        return Asked(spans, asked, np.arange(videos) + step * videos)

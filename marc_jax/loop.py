@@ -1,0 +1,94 @@
+"""The one training loop: resume, step, log, save, stop cleanly. Every stage runs through `fit`."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from marc_jax import checkpoint, metrics
+from marc_jax.state import TrainState
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long a stage runs and how often it speaks and saves; all in steps."""
+
+    steps: int
+    log_every: int = 20
+    save_every: int = 1000
+    keep: int = 2
+
+
+def fit(
+    name: str,
+    workdir: Path,
+    state: TrainState,
+    step_fn: Callable,
+    pace: Pace,
+    *,
+    stop: checkpoint.Interrupt | None = None,
+    meta: dict | None = None,
+) -> tuple[TrainState, float]:
+    """Runs a stage from its newest good checkpoint to its last step.
+
+    Args:
+      name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
+      state: the initial state; also the restore target (shapes, dtypes, shardings).
+      step_fn: (state, step) -> (state, metrics dict); all randomness from (seed, step), so a resumed run repeats nothing
+        and skips nothing.
+      stop: signal handler; when it asks, the loop saves at the step border and raises Interrupted.
+      meta: stored beside the arrays (the config, the stage it started from).
+
+    Returns:
+      the final state and the seconds spent here.
+    """
+    folder = Path(workdir) / name / "checkpoints"
+    begin = 0
+    if (newest := checkpoint.latest(folder)) is not None:
+        state, _ = checkpoint.restore(folder, state, newest)
+        begin = int(state.step)
+    started = time.monotonic()
+    if begin >= pace.steps:
+        return state, 0.0
+    with (
+        metrics.Writer(workdir, name, resume_step=begin) as writer,
+        metrics.Progress(name, total=pace.steps, start=begin) as progress,
+    ):
+        pending = []
+        for step in range(begin, pace.steps):
+            state, values = step_fn(state, step)
+            pending.append(values)
+            last = step + 1 == pace.steps
+            if (step + 1) % pace.log_every == 0 or last:
+                row = mean_metrics(pending)
+                pending = []
+                metrics.check_finite(row, step + 1)
+                writer.write(step + 1, row)
+                progress.update(step + 1, {k: row[k] for k in ("loss", "reward", "kl") if k in row})
+            asked = stop is not None and stop.requested
+            if (step + 1) % pace.save_every == 0 or last or asked:
+                checkpoint.save(folder, step + 1, state, {"stage": name, **(meta or {})}, keep=pace.keep)
+            if asked and not last:
+                raise Interrupted(f"stopped at step {step + 1} of {name}; saved in {folder}")
+    return state, time.monotonic() - started
+
+
+def mean_metrics(rows: list[dict]) -> dict[str, float]:
+    """Reduces the metrics of several steps: (sum, count) pairs by their totals, plain numbers by their mean."""
+    rows = jax.device_get(rows)
+    out = {}
+    for key in sorted({key for row in rows for key in row}):
+        values = [row[key] for row in rows if key in row]
+        if isinstance(values[0], tuple):
+            total, count = (np.sum([v[i] for v in values], axis=0) for i in (0, 1))
+            out[key] = float(total / max(count, 1e-9))
+        else:
+            out[key] = float(np.mean(values))
+    return out
