@@ -7,10 +7,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is the [parity] extra")
 pytest.importorskip("transformers", reason="transformers is the [parity] extra")
 
-import qwen_reference as reference
+import qwen_reference as reference  # noqa: E402
 
-from marc_jax.models import qwen25_vl
-from marc_jax.models.prompts import Visual, expand, pad_prompts
+from marc_jax.models import qwen25_vl  # noqa: E402
+from marc_jax.models.prompts import Visual, expand, pad_prompts  # noqa: E402
 
 PADS = {"image": reference.IDS["image_token_id"], "video": reference.IDS["video_token_id"]}
 VIDEO = [303, PADS["video"], 304]
@@ -62,21 +62,25 @@ def _hf_logits(model, prompts, pixels, grids, left=False):
 
 
 def _our_logits(cfg, params, prompts, pixels, rows):
-    bound = qwen25_vl.bind(cfg, params)
+    tower = jax.jit(lambda p, x, grid_hw: qwen25_vl.bind(cfg, p).vision(x, grid_hw), static_argnums=2)
     batch = pad_prompts(prompts, max(len(p.tokens) for p in prompts) + 3, 300)
     visual, at = [], 0
     for _, grids in rows:
         tokens = [
-            np.asarray(bound.vision(x, g[1:])).reshape(-1, cfg.text.hidden_size)
+            np.asarray(tower(params, x, g[1:])).reshape(-1, cfg.text.hidden_size)
             for x, g in zip(pixels[at : at + len(grids)], grids, strict=True)
         ]
         visual.append(np.concatenate(tokens) if tokens else np.zeros((0, cfg.text.hidden_size), np.float32))
         at += len(grids)
     most = max(len(v) for v in visual)
     vis_bnd = np.stack([np.pad(v, ((0, most - len(v)), (0, 0))) for v in visual])
-    x = bound.embed(batch.tokens_bp, vis_bnd, batch.vis_index_bp)
-    hidden, _ = bound.prefill(x, batch.pos_3bp, batch.mask_bp)
-    logits = np.asarray(bound.logits(hidden))
+
+    def forward(params, vis_bnd):
+        bound = qwen25_vl.bind(cfg, params)
+        x = bound.embed(batch.tokens_bp, vis_bnd, batch.vis_index_bp)
+        return bound.logits(bound.prefill(x, batch.pos_3bp, batch.mask_bp)[0])
+
+    logits = np.asarray(jax.jit(forward)(params, vis_bnd))
     return [logits[i, : len(p.tokens)] for i, p in enumerate(prompts)]
 
 
@@ -100,6 +104,11 @@ def test_bfloat16_stays_close_to_float32():
     cfg, params = reference.ours(model)
     (x,) = reference.patches(np.random.default_rng(4), [(2, 10, 14)])
     half = jax.tree.map(lambda w: w.astype(jax.numpy.bfloat16), params)
-    full = np.asarray(qwen25_vl.bind(cfg, params).vision(x, (10, 14)))
-    low = np.asarray(qwen25_vl.bind(cfg, half, dtype=jax.numpy.bfloat16).vision(x, (10, 14)), np.float32)
+
+
+    def tower(params, dtype):
+        run = jax.jit(lambda p: qwen25_vl.bind(cfg, p, dtype=dtype).vision(x, (10, 14)))
+        return np.asarray(run(params), np.float32)
+
+    full, low = tower(params, jax.numpy.float32), tower(half, jax.numpy.bfloat16)
     assert np.linalg.norm(low - full) < 2e-2 * np.linalg.norm(full)

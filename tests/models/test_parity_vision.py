@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("torch", reason="torch is the [parity] extra")
 pytest.importorskip("transformers", reason="transformers is the [parity] extra")
 
-import qwen_reference as reference
+import qwen_reference as reference  # noqa: E402
 
-from marc_jax.models import qwen25_vl
+from marc_jax.models import qwen25_vl  # noqa: E402
 
 # Both axes not dividing; one short, one long; smaller than a window; dividing exactly (transformers' empty windows).
 GRIDS = [(3, 10, 14), (2, 18, 6), (1, 4, 4), (2, 16, 16)]
@@ -33,9 +33,9 @@ def test_tower_equals_transformers(vision):
     pixels = reference.patches(np.random.default_rng(0), GRIDS)
     expected = reference.hf_vision(model, pixels, GRIDS)
     with jax.default_matmul_precision("highest"):
-        bound = qwen25_vl.bind(cfg, params)
+        tower = jax.jit(lambda p, x, grid_hw: qwen25_vl.bind(cfg, p).vision(x, grid_hw), static_argnums=2)
         for x, grid, want in zip(pixels, GRIDS, expected, strict=True):
-            got = bound.vision(x, grid[1:])
+            got = tower(params, x, grid[1:])
             np.testing.assert_allclose(got, want, atol=1e-5, rtol=0, err_msg=str(grid))
 
 
