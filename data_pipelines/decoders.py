@@ -9,7 +9,9 @@ the file and only the `file` protocol may be used, so a playlist named `clip.mp4
 fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter clip.
 """
 
+import bisect
 import dataclasses
+import itertools
 import os
 import stat
 import time
@@ -235,6 +237,8 @@ class PyAVReader(_Reader):
         self._packets, self._count, self._ticks = packets if keep else None, len(pts), None
         if self._demuxers != "avi" and None not in pts and len(set(pts)) == len(pts):  # AVI stores decoding order
             self._ticks = sorted(pts)
+            # Pictures before the first in decoding order refer to what the file does not hold.
+            self._mid_start |= pts[0] != self._ticks[0]
             self._check_end()
 
     def _check_end(self):
@@ -254,10 +258,22 @@ class PyAVReader(_Reader):
         self._first = next(self._frames, None)
         if self._first is None:
             raise VideoError(self.path, f"none of its {self._count} frames can be decoded")
-        # A broadcast recording may begin between key frames: the pictures before the first decodable one do not count.
-        if self._mid_start and self._ticks and self._first.pts in self._ticks:
-            self._ticks = self._ticks[self._ticks.index(self._first.pts) :]
-            self._count = len(self._ticks)
+        if self._mid_start and self._ticks:
+            self._drop_head()
+
+    def _drop_head(self):
+        """A broadcast recording begins between key frames: its first pictures refer to ones that are not there and
+        decode to nothing. Those (up to the deepest reordering, 16, after the first good one) do not count."""
+        first, seen = self._first, set()
+        after = bisect.bisect_left(self._ticks, first.pts) + 17
+        for frame in itertools.chain([first], self._frames):
+            if frame.pts in self._ticks[after:]:
+                break
+            seen.add(frame.pts)
+        self._ticks = [tick for tick in self._ticks[:after] if tick in seen] + self._ticks[after:]
+        self._count = len(self._ticks)
+        self._frames = self._decode_all()
+        self._first = next(self._frames)
 
     def _describe(self):
         stream, first = self._stream, self._first
