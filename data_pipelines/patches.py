@@ -78,7 +78,7 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def _bands(source: int, target: int, rows: int = 32) -> list[tuple[slice, slice, np.ndarray]]:
+def _bands(source: int, target: int, rows: int = 16) -> list[tuple[slice, slice, np.ndarray]]:
     """The matrix cut into bands of target rows with the source columns they touch: most of it is zero."""
     matrix, bands = bicubic_matrix(source, target), []
     for first in range(0, target, rows):
