@@ -1,0 +1,414 @@
+"""Two video decoders behind one reader: PyAV first, OpenCV `grab` second.
+
+A reader knows, before any picture is decoded, how many frames a file has and when each one is shown: PyAV reads all
+packets of the video stream once (about 10 microseconds each) and keeps them, so files without a frame count, with
+variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets.
+
+Files are not trusted. The first bytes must be those of a known container, only demuxers of that container may open
+the file and only the `file` protocol may be used, so a playlist named `clip.mp4` opens nothing. A file that holds
+fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter clip.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import os
+import stat
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class VideoError(Exception):
+    """A video (or image) file that cannot be used; `str` is "<path>: <reason>"."""
+
+    def __init__(self, path, reason: str):
+        self.path, self.reason = os.fspath(path), " ".join(str(reason).split())
+        super().__init__(self.path, self.reason)
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a file says about itself. Width and height are as shown, after rotation; fps is the average rate [1/s];
+    duration in seconds; rotation in degrees counter-clockwise, already applied to decoded frames."""
+
+    width: int
+    height: int
+    fps: float
+    num_frames: int
+    duration: float
+    codec: str
+    rotation: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Refuse what would take the machine down. Pixels per frame, seconds and frames per file, bytes of one decoded
+    clip, seconds of wall clock spent on one file."""
+
+    max_pixels: int = 50_000_000
+    max_seconds: float = 6 * 3600.0
+    max_frames: int = 1_000_000
+    max_bytes: int = 8 << 30
+    decode_seconds: float = 1800.0
+
+
+_MOV = "mov,mp4,m4a,3gp,3g2,mj2"
+_KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
+_ANNOUNCES = (_MOV, "avi", "gif")  # containers whose header counts the frames exactly
+
+
+def sniff(path, head: bytes) -> str:
+    """The FFmpeg demuxers (a comma-separated whitelist) for a file that begins with `head`; VideoError if none."""
+    if len(head) == 0:
+        raise VideoError(path, "the file is empty")
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot"):
+        return _MOV
+    starts = {
+        b"\x1aE\xdf\xa3": "matroska,webm",
+        b"GIF87a": "gif",
+        b"GIF89a": "gif",
+        b"\x00\x00\x01\xba": "mpeg",
+        b"\x00\x00\x01\xb3": "mpegvideo",
+        b"\x00\x00\x00\x01": "hevc,h264",
+        b"\x00\x00\x01": "hevc,h264,m4v",
+        b"FLV\x01": "flv",
+        b"OggS": "ogg",
+        b"0&\xb2u\x8ef\xcf\x11": "asf",
+    }
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    for magic, demuxers in starts.items():
+        if head.startswith(magic):
+            return demuxers
+    for first, step in ((0, 188), (4, 192), (0, 204)):
+        sync = head[first::step][:4]
+        if len(sync) >= 2 and set(sync) == {0x47}:
+            return "mpegts"
+    if not set(head) - set(range(32, 127)) - set(b"\t\n\r\f"):
+        raise VideoError(path, "a text file, not a video")
+    raise VideoError(path, "not a video file (no known container starts with these bytes)")
+
+
+def check_file(path) -> tuple[str, int, str]:
+    """Absolute path, size in bytes and demuxer whitelist of an existing regular file that begins like a video."""
+    if "\0" in os.fspath(path):
+        raise VideoError(path, "the path holds a NUL character")
+    full = os.path.abspath(path)
+    try:
+        status = os.stat(full)
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(path, "a directory, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise VideoError(path, "not a regular file")
+        with open(full, "rb") as file:
+            head = file.read(1024)
+    except FileNotFoundError:
+        raise VideoError(path, "no such file") from None
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({error.strerror})") from None
+    return full, status.st_size, sniff(path, head)
+
+
+def _quarter_turns(degrees: int) -> int:
+    """Counter-clockwise quarter turns; angles that are no multiple of 90 (broken headers) turn nothing."""
+    return int(degrees) // 90 % 4 if degrees % 90 == 0 else 0
+
+
+class _Reader:
+    """Common part: `info`, `times` (seconds [T] from the first frame on, increasing), `decode(indices)`."""
+
+    def __init__(self, path, limits: Limits):
+        self.path, self.limits = os.fspath(path), limits
+        self._deadline = time.monotonic() + limits.decode_seconds
+
+    def _finish(self, width, height, times, fps, codec, turns):
+        if width * height > self.limits.max_pixels:
+            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
+        if width <= 0 or height <= 0:
+            raise VideoError(self.path, "the video stream has no picture size")
+        self._check_count(len(times))
+        span = float(times[-1])
+        measured = (len(times) - 1) / span if span > 0 else 0.0
+        if not fps or fps <= 0 or (measured and abs(measured - fps) > 0.1 * fps):
+            fps = measured or 1.0
+        duration = span + 1.0 / fps
+        if duration > self.limits.max_seconds:
+            raise VideoError(self.path, f"{duration:.0f} s are over the limit of {self.limits.max_seconds:.0f} s")
+        if turns % 2:
+            width, height = height, width
+        self.times, self._turns = times, turns
+        self.info = VideoInfo(width, height, float(fps), len(times), duration, codec, turns * 90)
+
+    def _check_count(self, count):
+        if count == 0:
+            raise VideoError(self.path, "the video stream holds no frame")
+        if count > self.limits.max_frames:
+            raise VideoError(self.path, f"more than the limit of {self.limits.max_frames} frames")
+
+    def _check_clock(self):
+        if time.monotonic() > self._deadline:
+            raise VideoError(self.path, f"decoding took longer than {self.limits.decode_seconds:.0f} s")
+
+    def _rotate(self, frame: np.ndarray) -> np.ndarray:
+        return np.rot90(frame, self._turns) if self._turns else frame
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        self.close()
+
+
+class PyAVReader(_Reader):
+    """FFmpeg through PyAV. One thread for small pictures: starting threads costs more than decoding them."""
+
+    def __init__(self, path, limits: Limits = Limits(), threads: int | None = None):
+        super().__init__(path, limits)
+        import av  # a tenth of a second, only paid where a video is opened; its logging stays off: it can deadlock
+
+        self._av, self._threads, self._containers = av, threads, []
+        self._full, size, self._demuxers = check_file(path)
+        try:
+            self._container, self._stream = self._open()
+            self._scan(keep=size <= _KEEP_PACKETS_BELOW)
+            self._start()
+            self._describe()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        self._frames = self._packets = None
+        for container in self._containers:
+            container.close()
+
+    def _open(self):
+        options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers}
+        try:
+            container = self._av.open(self._full, options=options)
+        except (self._av.FFmpegError, ValueError, OSError) as error:
+            raise VideoError(self.path, f"cannot be opened as video ({_text(error)})") from None
+        self._containers.append(container)
+        if not container.streams.video:
+            kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+            raise VideoError(self.path, f"no video stream (the file holds {', '.join(kinds)})")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise VideoError(self.path, "no decoder for its video codec")
+        small = context.width * context.height <= 512 * 512
+        threads = (1 if small else 0) if self._threads is None else self._threads
+        context.thread_count, context.thread_type = threads, "NONE" if threads == 1 else "AUTO"
+        return container, stream
+
+    def _scan(self, keep: bool):
+        """Reads every packet once: how many frames there are, when they are shown, whether the file is whole."""
+        stream, packets, pts = self._stream, [], []
+        vp8 = stream.codec_context.name in ("vp8", "libvpx")
+        self._mid_start = None
+        try:
+            for packet in self._container.demux(stream):
+                if packet.size == 0:
+                    continue
+                if self._mid_start is None:
+                    self._mid_start = not packet.is_keyframe
+                if keep:
+                    packets.append(packet)
+                # Packets that show nothing: cut away by an edit list, or VP8 references with show_frame off.
+                if packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10):
+                    continue
+                pts.append(packet.pts)
+                if len(pts) > self.limits.max_frames:
+                    break
+        except self._av.FFmpegError as error:
+            raise VideoError(self.path, f"damaged: reading stopped after {len(pts)} packets ({_text(error)})") from None
+        self._check_count(len(pts))
+        announced = stream.frames if self._demuxers in _ANNOUNCES else 0
+        if len(pts) < announced - sum(p.is_discard for p in packets):
+            raise VideoError(self.path, f"truncated: announces {announced} frames, holds {len(pts)}")
+        self._packets, self._count, self._ticks = packets if keep else None, len(pts), None
+        if self._demuxers != "avi" and None not in pts and len(set(pts)) == len(pts):  # AVI stores decoding order
+            self._ticks = sorted(pts)
+            # Pictures before the first in decoding order refer to what the file does not hold.
+            self._mid_start |= pts[0] != self._ticks[0]
+            self._check_end()
+
+    def _check_end(self):
+        """Matroska announces its duration up front; a file cut short stops well before it."""
+        announced = self._container.duration
+        if self._demuxers != "matroska,webm" or not announced or len(self._container.streams) > 1:
+            return
+        end = float(self._ticks[-1] * self._stream.time_base)
+        if end < 0.95 * announced / 1e6 - 1.0:
+            raise VideoError(
+                self.path, f"truncated: announces {announced / 1e6:.1f} s, the last of {self._count} frames is at {end:.1f} s"
+            )
+
+    def _start(self):
+        """Decodes up to the first frame, which tells the true picture size, the rotation and where pictures begin."""
+        self._frames, self._decoded = self._decode_all(), 0
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise VideoError(self.path, f"none of its {self._count} frames can be decoded")
+        if self._mid_start and self._ticks:
+            self._drop_head()
+
+    def _drop_head(self):
+        """A broadcast recording begins between key frames: its first pictures refer to ones that are not there and
+        decode to nothing. Those (up to the deepest reordering, 16, after the first good one) do not count."""
+        first, seen = self._first, set()
+        after = bisect.bisect_left(self._ticks, first.pts) + 17
+        for frame in itertools.chain([first], self._frames):
+            if frame.pts in self._ticks[after:]:
+                break
+            seen.add(frame.pts)
+        self._ticks = [tick for tick in self._ticks[:after] if tick in seen] + self._ticks[after:]
+        self._count = len(self._ticks)
+        self._frames = self._decode_all()
+        self._first = next(self._frames)
+
+    def _describe(self):
+        stream, first = self._stream, self._first
+        if self._ticks:
+            rate = stream.average_rate
+            times = (np.asarray(self._ticks, np.int64) - self._ticks[0]) * float(stream.time_base)
+        else:
+            rate = (stream.average_rate if self._demuxers == "avi" else None) or stream.guessed_rate or 25
+            times = np.arange(self._count) / float(rate)
+        turns = _quarter_turns(first.rotation)
+        self._finish(first.width, first.height, times, float(rate or 0), stream.codec_context.name, turns)
+
+    def _source(self):
+        if self._packets is not None:
+            self._stream.codec_context.flush_buffers()
+            return self._stream, iter(self._packets)
+        container, stream = self._open()
+        return stream, (packet for packet in container.demux(stream) if packet.size)
+
+    def _decode_all(self) -> Iterator:
+        stream, packets = self._source()
+        context = stream.codec_context
+        self._decoded = 0
+        try:
+            for packet in packets:
+                for frame in context.decode(packet):
+                    self._decoded += 1
+                    if frame.is_corrupt:
+                        raise VideoError(self.path, f"damaged: frame {self._decoded} of {self._count} is corrupt")
+                    yield frame
+                self._check_clock()
+            for frame in context.decode(None):
+                self._decoded += 1
+                yield frame
+        except self._av.FFmpegError as error:
+            reason = f"damaged: {self._decoded} of {self._count} frames decoded, then {_text(error)}"
+            raise VideoError(self.path, reason) from None
+
+    def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (index, uint8 [H, W, 3] RGB, rotated) for the increasing `indices`, in one forward pass."""
+        wanted = [int(i) for i in indices]
+        first, frames = self._first, self._frames
+        self._first = self._frames = None
+        if frames is None:  # a second call: start again
+            frames = self._decode_all()
+            first = next(frames, None)
+        from av.video.reformatter import VideoReformatter
+
+        to_rgb, size = VideoReformatter().reformat, (first.width, first.height)
+        ordinal = {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
+        place, found = 0, -1
+        frame = first
+        while frame is not None and place < len(wanted):
+            found = ordinal.get(frame.pts, found) if ordinal else found + 1
+            if found > wanted[place]:
+                break
+            if found == wanted[place]:
+                # One conversion thread: with more, a 56x56 picture spends its time waking them.
+                rgb = to_rgb(frame, width=size[0], height=size[1], format="rgb24", threads=1).to_ndarray()
+                yield found, self._rotate(rgb)
+                place += 1
+            if place < len(wanted):
+                frame = next(frames, None)
+        if place < len(wanted):
+            reason = f"damaged: {self._decoded} of {self._count} frames decoded, frame {wanted[place] + 1} is missing"
+            raise VideoError(self.path, reason)
+
+
+class OpenCVReader(_Reader):
+    """OpenCV's FFmpeg. It reports no damage, so frames are counted; it knows no timestamps ahead, so it reads twice."""
+
+    def __init__(self, path, limits: Limits = Limits(), threads: int | None = None):
+        super().__init__(path, limits)
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # damage is reported by VideoError, not on stderr
+        import cv2
+
+        self._cv2, self._threads = cv2, threads or 1
+        self._full, _, self._demuxers = check_file(path)
+        capture = self._open()
+        times = []
+        while capture.grab():
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
+            self._check_clock()
+            if len(times) > limits.max_frames:
+                break
+        announced = capture.get(cv2.CAP_PROP_FRAME_COUNT) if self._demuxers in _ANNOUNCES else 0
+        if 0 < len(times) < announced:
+            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
+        self._check_count(len(times))
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        seconds = np.asarray(times) - times[0]
+        if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
+            seconds = np.arange(len(times)) / (rate if rate > 0 else 25.0)
+        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+        code = int(capture.get(cv2.CAP_PROP_FOURCC))
+        codec = "".join(chr(code >> 8 * i & 0xFF) for i in range(4)).strip("\0 ")
+        turns = -_quarter_turns(int(capture.get(cv2.CAP_PROP_ORIENTATION_META))) % 4
+        capture.release()
+        self._finish(*size, seconds, rate, codec, turns)
+
+    def _open(self):
+        cv2 = self._cv2
+        capture = cv2.VideoCapture(self._full, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, self._threads])
+        if not capture.isOpened():
+            raise VideoError(self.path, "cannot be opened as video (OpenCV gives no reason)")
+        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)
+        return capture
+
+    def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
+        """As `PyAVReader.decode`."""
+        capture, at = self._open(), -1
+        try:
+            for index in (int(i) for i in indices):
+                while at < index and capture.grab():
+                    at += 1
+                    self._check_clock()
+                good, bgr = capture.retrieve() if at == index else (False, None)
+                if not good:
+                    raise VideoError(self.path, f"damaged: {at + 1} of {self.info.num_frames} frames decoded")
+                yield index, self._rotate(self._cv2.cvtColor(bgr, self._cv2.COLOR_BGR2RGB))
+        finally:
+            capture.release()
+
+
+def _text(error) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def open_reader(path, backend: str = "auto", limits: Limits = Limits(), threads: int | None = None) -> _Reader:
+    """The reader of a file. `auto` is PyAV, or OpenCV where PyAV is not installed; VideoError if it is no video."""
+    if backend not in ("auto", "pyav", "opencv"):
+        raise ValueError(f"backend {backend!r} is not one of auto, pyav, opencv")
+    if backend == "auto":
+        try:
+            import av  # noqa: F401
+        except ImportError:
+            backend = "opencv"
+    return (OpenCVReader if backend == "opencv" else PyAVReader)(path, limits, threads)

@@ -1,0 +1,214 @@
+"""Question files in Video-R1's JSON schema, the text a model is asked, and where media files may lie.
+
+A file is a JSON list or JSON lines of objects; every mistake is reported with its file, row and field. Media paths
+come from strangers: they are resolved under one data root and may lead nowhere else.
+"""
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Sequence
+
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+DATA_TYPES = ("video", "image", "frame")  # frame: a folder of pictures, in MVBench only
+
+# The wording of Video-R1 (tulerfeng/Video-R1, src/r1-v/src/open_r1/grpo.py for training, src/eval_bench.py for
+# evaluation), to the letter: published checkpoints were trained and scored with exactly these characters.
+TRAIN_TEMPLATE = (
+    "{Question}\n"
+    "Please think about this question as if you were a human pondering deeply. "
+    "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', 'oh, I see', "
+    "'let's break it down', etc, or other natural language thought expressions "
+    "It's encouraged to include self-reflection or verification in the reasoning process. "
+    "Provide your detailed reasoning between the <think> </think> tags, "
+    "and then give your final answer between the <answer> </answer> tags."
+)
+EVAL_TEMPLATE = TRAIN_TEMPLATE.replace("<think> </think>", "<think> and </think>").replace(
+    "<answer> </answer>", "<answer> and </answer>"
+)
+_NUMBER = " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
+TYPE_SUFFIX = {
+    "multiple choice": " Please provide only the single option letter (e.g., A, B, C, D, etc.) "
+    "within the <answer> </answer> tags.",
+    "numerical": _NUMBER,
+    "OCR": " Please transcribe text from the image/video clearly and provide your text answer "
+    "within the <answer> </answer> tags.",
+    "free-form": " Please provide your text answer within the <answer> </answer> tags.",
+    "regression": _NUMBER,
+}
+
+
+class RecordError(ValueError):
+    """A row of a question file that cannot be used: .file, .row (from 0; None for the whole file), .field, .reason."""
+
+    def __init__(self, file, row: int | None, field: str | None, reason: str):
+        self.file, self.row, self.field, self.reason = os.fspath(file), row, field, reason
+        where = "" if row is None else f", row {row}" + (f", field {field!r}" if field else "")
+        super().__init__(f"{self.file}{where}: {reason}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One question about one video or image, as in Video-R1-260k.json.
+
+    `solution` is the answer wrapped as `<answer>X</answer>`; `options` carry their letters ("A. ..."); `process` is the
+    worked reasoning of an SFT row; `path` is relative to the data root; `extra` holds every other field of the row,
+    and `row` its place in the file.
+    """
+
+    problem_id: int | str
+    problem: str
+    data_type: str
+    problem_type: str
+    options: tuple[str, ...]
+    solution: str
+    path: str
+    data_source: str = ""
+    process: str = ""
+    extra: dict = dataclasses.field(default_factory=dict)
+    row: int = -1
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Record)} - {"extra", "row"}
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def parse_record(raw, file, row: int) -> Record:
+    """Checks one decoded JSON object; RecordError names the first wrong field."""
+    if not isinstance(raw, dict):
+        raise RecordError(file, row, None, f"is {type(raw).__name__}, not an object")
+
+    def text(name, default=None, allowed=None):
+        value = raw.get(name, default)
+        if value is None:
+            if default is not None:
+                return default
+            raise RecordError(file, row, name, "is missing")
+        if not isinstance(value, str):
+            raise RecordError(file, row, name, f"is {_shown(value)}, not a text")
+        if default is None and not value.strip():
+            raise RecordError(file, row, name, "is empty")
+        if allowed and value not in allowed:
+            raise RecordError(file, row, name, f"is {_shown(value)}, not one of {', '.join(allowed)}")
+        return value
+
+    number = raw.get("problem_id", row)
+    if isinstance(number, bool) or not isinstance(number, int | str):
+        raise RecordError(file, row, "problem_id", f"is {_shown(number)}, not a number or a text")
+    options = raw.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise RecordError(file, row, "options", f"is {_shown(options)}, not a list of texts")
+    problem_type = text("problem_type", allowed=PROBLEM_TYPES)
+    if problem_type == "multiple choice" and len(options) < 2:
+        raise RecordError(file, row, "options", f"holds {len(options)} of a multiple choice question, fewer than 2")
+    return Record(
+        problem_id=number,
+        problem=text("problem"),
+        data_type=text("data_type", allowed=DATA_TYPES),
+        problem_type=problem_type,
+        options=tuple(options),
+        solution=text("solution"),
+        path=text("path"),
+        data_source=text("data_source", ""),
+        process=text("process", ""),
+        extra={name: value for name, value in raw.items() if name not in _FIELDS},
+        row=row,
+    )
+
+
+def _rows(file):
+    """Yields (row, decoded object or RecordError) of a JSON list or of JSON lines."""
+    try:
+        with open(file, encoding="utf-8") as handle:
+            content = handle.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(file, None, None, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if content.lstrip()[:1] == "[":
+        try:
+            yield from enumerate(json.loads(content))
+        except json.JSONDecodeError as error:
+            raise RecordError(file, None, None, f"is no JSON ({error})") from None
+        return
+    row = 0
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                yield row, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield row, RecordError(file, row, None, f"line {number} is no JSON ({error})")
+            row += 1
+    if row == 0:
+        raise RecordError(file, None, None, "holds no rows")
+
+
+def load_records(file, *, errors: list | None = None) -> list[Record]:
+    """Reads a question file (JSON list or JSON lines).
+
+    With `errors` given, a RecordError of each bad row is appended to it and the row is left out (`Record.row` keeps
+    the numbering of the file); otherwise the first one is raised. A file that cannot be parsed at all always raises.
+    """
+    records = []
+    for row, raw in _rows(file):
+        try:
+            if isinstance(raw, RecordError):
+                raise raw
+            records.append(parse_record(raw, file, row))
+        except RecordError as error:
+            if errors is None:
+                raise
+            errors.append(error)
+    if not records and not errors:
+        raise RecordError(file, None, None, "holds no rows")
+    return records
+
+
+def media_path(root, path: str) -> str:
+    """The absolute path of a record's medium: an existing regular file inside `root`, links resolved.
+
+    Video-R1 writes "./folder/file.mp4", meaning from the data root. ValueError with the reason for anything that is
+    absolute, climbs out, follows a link out, names a protocol, or is no regular file.
+    """
+    if "\0" in path:
+        raise ValueError("the path holds a NUL character")
+    if not path.strip():
+        raise ValueError("the path is empty")
+    if os.path.isabs(path) or path.startswith(("~", "\\")):
+        raise ValueError(f"{path} is not relative to the data root")
+    if "://" in path:
+        raise ValueError(f"{path} is a URL, not a file under the data root")
+    base = os.path.realpath(root)
+    full = os.path.realpath(os.path.join(base, path))
+    if full == base or os.path.commonpath([base, full]) != base:
+        raise ValueError(f"{path} leads out of the data root")
+    try:
+        mode = os.stat(full).st_mode
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ValueError(f"{path} {reason} under the data root {base}") from None
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is not a regular file")
+    return full
+
+
+def question_text(problem: str, problem_type: str, options: Sequence[str] = (), style: str = "train") -> str:
+    """The text of the user's turn.
+
+    Styles: "train" and "eval" are Video-R1's two wordings, with options glued on as it glues them; "plain" is the
+    problem and its options, one per line, and nothing else.
+    """
+    if problem_type not in TYPE_SUFFIX:
+        raise ValueError(f"problem_type {problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}")
+    choices = options if problem_type == "multiple choice" else ()
+    if style == "plain":
+        return "\n".join([problem, *choices])
+    if style not in ("train", "eval"):
+        raise ValueError(f"style {style!r} is not one of train, eval, plain")
+    if choices:
+        problem = problem + "Options:\n" + "".join(option + "\n" for option in choices)
+    template = TRAIN_TEMPLATE if style == "train" else EVAL_TEMPLATE
+    return template.replace("{Question}", problem) + TYPE_SUFFIX[problem_type]

@@ -1,0 +1,189 @@
+"""Frames of a video file, chosen by time: what every model, trainer and tool reads videos through.
+
+    clip = read_frames("clip.mp4", fps=2.0, max_frames=64)      # uint8 [T, H, W, 3], seconds [T]
+
+The number of frames and their places follow qwen-vl-utils 0.0.14 (fps 2, at least 4, an even number, both ends
+included); a variable frame rate is sampled by its timestamps, never by counting frames.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from data_pipelines.decoders import Limits, VideoError, VideoInfo, open_reader
+
+__all__ = ["Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_frames", "read_image", "sample_indices"]
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """Frames of a video.
+
+    Attributes:
+      frames: uint8 [T, H, W, 3], RGB, upright, T even.
+      seconds: float64 [T]; when each frame is shown, counted from the first frame of the file.
+      info: the whole file's size, rate, length, codec.
+      index: int64 [T]; each frame's number in the file, from 0.
+    """
+
+    frames: np.ndarray
+    seconds: np.ndarray
+    info: VideoInfo
+    index: np.ndarray
+
+    @property
+    def seconds_per_patch(self) -> float:
+        """Mean time between two temporal patches (pairs of frames) [s]; qwen-vl-utils' 2 / sample_fps."""
+        shown = self.index[-1] - self.index[0] + 1
+        return 2.0 * shown / self.info.fps / len(self.index)
+
+
+def _spread(low: int, high: int, n: int) -> np.ndarray:
+    """round(linspace(low, high, n)), both ends included, in float32 from both ends as torch computes it."""
+    if n == 1:
+        return np.array([low], np.int64)
+    step = np.float32(high - low) / np.float32(n - 1)
+    i = np.arange(n)
+    rising = np.float32(low) + step * i.astype(np.float32)
+    falling = np.float32(high) - step * (n - 1 - i).astype(np.float32)
+    return np.rint(np.where(i < n // 2, rising, falling)).astype(np.int64)
+
+
+def _count(total: int, video_fps: float, fps: float, min_frames: int, max_frames: int) -> int:
+    """How many of `total` frames: qwen-vl-utils' smart_nframes (0.0.14); 1 only if there is but one."""
+    n = total / video_fps * fps
+    n = min(max(n, -(-min_frames // 2) * 2), max_frames // 2 * 2, total)
+    return max(int(n // 2 * 2), min(2, total))
+
+
+def sample_indices(
+    times, video_fps: float, *, fps: float | None = 2.0, max_frames=64, min_frames=4, num_frames=None, start=None, end=None
+) -> np.ndarray:
+    """Which frames to take: int64 [n], increasing (with repeats only if `num_frames` asks for more than there are).
+
+    Args:
+      times: float64 [T], seconds of every frame, increasing, from 0.
+      video_fps: mean rate of the file [1/s].
+      fps: frames per second to take, between `min_frames` and `max_frames`; None takes every frame.
+      num_frames: take exactly this many instead.
+      start, end: only frames with start <= time <= end [s].
+
+    For a constant frame rate this is round(linspace(first, last, n)), qwen-vl-utils' rule; otherwise the frames
+    nearest to n times spread evenly from the first to the last. ValueError for impossible arguments or if no frame
+    lies between start and end.
+    """
+    times = np.asarray(times, np.float64)
+    low = 0 if start is None else int(np.searchsorted(times, start - 1e-6))
+    high = len(times) - 1 if end is None else int(np.searchsorted(times, end + 1e-6, side="right")) - 1
+    if low > high:
+        raise ValueError(f"no frame between {start} and {end} s (the last is at {times[-1]:.3f} s)")
+    if num_frames is None and fps is None:
+        return np.arange(low, high + 1)
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ValueError(f"num_frames {num_frames} is not positive")
+        n = int(num_frames)
+    else:
+        if not fps > 0 or max_frames < 2 or min_frames > max_frames:
+            raise ValueError(f"fps {fps}, min_frames {min_frames}, max_frames {max_frames} is impossible")
+        n = _count(high - low + 1, video_fps, fps, min_frames, max_frames)
+    even = times[low] + (times[high] - times[low]) * np.arange(high - low + 1) / max(1, high - low)
+    step = (times[high] - times[low]) / max(1, high - low)
+    if np.abs(times[low : high + 1] - even).max() <= 0.25 * step:
+        return _spread(low, high, n)
+    targets = np.linspace(times[low], times[high], n)
+    after = np.clip(np.searchsorted(times, targets), low + 1, high)
+    return np.where(targets - times[after - 1] <= times[after] - targets, after - 1, after)
+
+
+def read_frames(
+    path,
+    *,
+    fps: float | None = 2.0,
+    max_frames: int = 64,
+    min_frames: int = 4,
+    num_frames: int | None = None,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str = "auto",
+    resize: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    threads: int | None = None,
+) -> Clip:
+    """Reads frames of a video file in one forward pass.
+
+    Args:
+      path: a regular file; only its content decides what it is.
+      fps, max_frames, min_frames, num_frames, start, end: see `sample_indices`. `fps=None` reads every frame.
+      backend: "auto" (PyAV), "pyav" or "opencv".
+      resize: (height, width), or a function from the upright (height, width) to it such as `patches.smart_resize`;
+        antialiased bicubic, done while decoding so that full-size frames are not all held at once.
+      limits: sizes beyond which a file is refused.
+      threads: decoding threads of one file; default 1 for small pictures, else FFmpeg's choice.
+
+    Returns:
+      A Clip of an even number of frames; after an odd number the last is repeated, so one frame gives two.
+
+    Raises:
+      VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
+    """
+    with open_reader(path, backend, limits, threads) as reader:
+        try:
+            index = sample_indices(
+                reader.times, reader.info.fps, fps=fps, max_frames=max_frames, min_frames=min_frames,
+                num_frames=num_frames, start=start, end=end,
+            )  # fmt: skip
+        except ValueError as error:
+            raise VideoError(path, str(error)) from None
+        if len(index) % 2:
+            index = np.append(index, index[-1])
+        frames = _collect(reader, index, resize, limits)
+        return Clip(frames, reader.times[index], reader.info, index)
+
+
+def _collect(reader, index, resize, limits) -> np.ndarray:
+    height, width = reader.info.height, reader.info.width
+    if resize is not None:
+        from data_pipelines.patches import resize_frames
+
+        height, width = resize(height, width) if callable(resize) else resize
+    if len(index) * height * width * 3 > limits.max_bytes:
+        size = f"{len(index)} frames of {width}x{height}"
+        raise VideoError(reader.path, f"{size} are over the limit of {limits.max_bytes} bytes: use resize or fewer frames")
+    out = np.empty((len(index), height, width, 3), np.uint8)
+    unique, place, repeats = np.unique(index, return_index=True, return_counts=True)
+    for (_, frame), at, count in zip(reader.decode(unique), place, repeats, strict=True):
+        out[at : at + count] = frame if resize is None else resize_frames(frame[None], height, width)
+    return out
+
+
+def probe(path, *, backend: str = "auto", limits: Limits = DEFAULT_LIMITS) -> VideoInfo:
+    """Size, rate, length and codec of a video; decodes one frame only. VideoError as `read_frames`."""
+    with open_reader(path, backend, limits) as reader:
+        return reader.info
+
+
+def read_image(path, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
+    """A JPEG, PNG, WebP or BMP file as uint8 [H, W, 3] RGB, turned upright by its EXIF tag; VideoError if it is none."""
+    import cv2
+
+    if not os.path.isfile(path):
+        raise VideoError(path, "a directory, not a file" if os.path.isdir(path) else "no such file")
+    with open(path, "rb") as file:
+        data = file.read()
+    kinds = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")
+    if not data.startswith(kinds) and not (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        raise VideoError(path, "the file is empty" if not data else "not a JPEG, PNG, WebP or BMP image")
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise VideoError(path, f"cannot be decoded ({error.err})") from None
+    if bgr is None:
+        raise VideoError(path, "damaged: the image cannot be decoded")
+    if bgr.shape[0] * bgr.shape[1] > limits.max_pixels:
+        raise VideoError(path, f"{bgr.shape[1]}x{bgr.shape[0]} pixels are over the limit of {limits.max_pixels}")
+    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)

@@ -1,0 +1,139 @@
+"""Batches by number: exact resume at any worker count, host slices, epochs, bad rows masked and reported."""
+
+import json
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines import loader
+from data_pipelines.decoders import VideoError
+
+Row = namedtuple("Row", "row path bad", defaults=(False,))
+
+
+def load(record):
+    if record.bad:
+        raise VideoError(record.path, "truncated")
+    return {"x": np.full((2, 3), record.row, np.float32), "n": record.row, "text": f"t{record.row}"}
+
+
+def rows(n, bad=()):
+    return [Row(i, f"v{i}.mp4", i in bad) for i in range(n)]
+
+
+def numbers(batches):
+    return [b["row"].tolist() for b in batches]
+
+
+def test_an_epoch_holds_every_row_once_and_differs_from_the_next():
+    got = np.concatenate([b["row"] for b in loader.iterate(rows(12), load, batch_size=4, epochs=2)])
+    assert sorted(got[:12]) == sorted(got[12:]) == list(range(12))
+    assert got[:12].tolist() != got[12:].tolist() and got[:12].tolist() != list(range(12))
+    again = np.concatenate([b["row"] for b in loader.iterate(rows(12), load, batch_size=4, epochs=2)])
+    other = np.concatenate([b["row"] for b in loader.iterate(rows(12), load, batch_size=4, epochs=2, seed=1)])
+    assert got.tolist() == again.tolist() != other.tolist()
+    plain = np.concatenate([b["row"] for b in loader.iterate(rows(12), load, batch_size=4, epochs=1, shuffle=False)])
+    assert plain.tolist() == list(range(12))
+
+
+def test_batches_cross_epochs_and_never_end_by_default():
+    stream = loader.iterate(rows(5), load, batch_size=3)
+    first = np.concatenate([next(stream)["row"] for _ in range(5)])
+    assert all(sorted(first[i : i + 5]) == list(range(5)) for i in (0, 5, 10))
+
+
+def test_values_are_stacked():
+    batch = next(loader.iterate(rows(6), load, batch_size=4))
+    assert batch["value"]["x"].shape == (4, 2, 3) and (batch["value"]["x"][:, 0, 0] == batch["row"]).all()
+    assert batch["value"]["n"].tolist() == batch["row"].tolist() and batch["mask"].all()
+    assert batch["value"]["text"] == [f"t{r}" for r in batch["row"]] and batch["number"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resume_is_exact_at_any_worker_count(workers):
+    options = dict(batch_size=4, epochs=3, seed=5, max_bad_fraction=0.5)
+    records = rows(10, bad=(3,))
+    whole = list(loader.iterate(records, load, **options))
+    tail = list(loader.iterate(records, load, start=3, workers=workers, **options))
+    assert [b["number"] for b in tail] == list(range(3, len(whole)))
+    for a, b in zip(whole[3:], tail, strict=True):
+        assert a["bad"] == b["bad"] and (a["row"] == b["row"]).all() and (a["mask"] == b["mask"]).all()
+        assert (a["value"]["x"] == b["value"]["x"]).all() and a["value"]["text"] == b["value"]["text"]
+
+
+def test_hosts_get_slices_of_the_global_batch():
+    whole = numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3))
+    parts = [
+        numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3, process_index=i, process_count=3)) for i in range(3)
+    ]
+    assert whole == [sum((p[k] for p in parts), []) for k in range(len(whole))]
+    with pytest.raises(ValueError, match="does not divide"):
+        loader.dataset(rows(14), load, batch_size=6, process_count=4)
+
+
+def test_bad_rows_keep_their_place_and_are_reported_once(tmp_path):
+    report = tmp_path / "bad_samples.jsonl"
+    records = rows(10, bad=(2, 7))
+    for _ in range(2):
+        seen = list(loader.iterate(records, load, batch_size=5, epochs=2, max_bad_fraction=0.2, report=report))
+    clean = list(loader.iterate(rows(10), load, batch_size=5, epochs=2))
+    for a, b in zip(seen, clean, strict=True):
+        assert (a["row"] == b["row"]).all() and (a["mask"] == ~np.isin(a["row"], [2, 7])).all()
+        assert (a["value"]["x"] == b["value"]["x"] * a["mask"][:, None, None]).all()
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    expected = [{"row": r, "path": f"v{r}.mp4", "reason": "truncated"} for r in (2, 7)]
+    assert sorted(lines, key=lambda line: line["row"]) == expected
+
+
+def test_too_many_bad_rows_stop_the_run():
+    with pytest.raises(loader.BadRowsError, match=r"v\d.mp4: truncated"):
+        list(loader.iterate(rows(10, bad=(2, 7)), load, batch_size=5, epochs=1, max_bad_fraction=0.1))
+    with pytest.raises(loader.BadRowsError, match="row 2"):
+        list(loader.iterate(rows(10, bad=(2,)), load, batch_size=5, epochs=1, on_bad="error"))
+
+
+def test_a_batch_of_bad_rows_only_uses_the_blank():
+    options = dict(batch_size=2, epochs=1, max_bad_fraction=1.0)
+    bad = rows(2, bad=(0, 1))
+    assert "value" not in next(loader.iterate(bad, load, **options))
+    batch = next(loader.iterate(bad, load, blank=load(Row(9, "")), **options))
+    assert not batch["mask"].any() and (batch["value"]["n"] == 9).all()
+
+
+def broken(record):
+    raise KeyError(record.row)
+
+
+def test_a_bug_in_load_is_not_a_bad_row():
+    with pytest.raises(KeyError):
+        list(loader.iterate(rows(4), broken, batch_size=2, epochs=1))
+
+
+def square(path):
+    if path == "v2":
+        raise VideoError(path, "empty")
+    return int(path[1:]) ** 2
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(0, False), (3, False), (2, True)])
+def test_decode_many_keeps_order_and_collects_errors(workers, processes):
+    ticks = []
+    results, errors = loader.decode_many(
+        [f"v{i}" for i in range(6)], square, workers, processes=processes, progress=lambda *p: ticks.append(p)
+    )
+    assert results == [0, 1, None, 9, 16, 25] and errors == [{"row": 2, "path": "v2", "reason": "empty"}]
+    assert ticks == [(i, 6) for i in range(1, 7)]
+
+
+def test_importing_the_data_side_imports_neither_jax_nor_marc_jax():
+    code = (
+        "import sys\n"
+        "from data_pipelines import decoders, loader, patches, sources, video\n"
+        "bad = [m for m in ('jax', 'jaxlib', 'marc_jax', 'tensorflow', 'torch', 'grain') if m in sys.modules]\n"
+        "assert not bad, bad\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
