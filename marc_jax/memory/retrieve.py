@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+MARGIN = 8  # rows nominated beyond k before the exact ranking of an archive search
+
 
 def topk_events(query_bd, event_emb_bed, event_mask_be, k, *, rule=None, **rule_args):
     """The k events of each question's own video that are nearest to the question.
@@ -114,6 +116,10 @@ def gather_events(vis_btpd, ids_bk, valid_bk, event_start_be, event_len_be, max_
 def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, block=1 << 16, approx=False):
     """Exact top-k of an archive, block by block: only [Q, block] scores exist at any time.
 
+    The matrix product rounds equal rows differently in different places, so it only nominates k + MARGIN rows; those
+    are scored again, each by the same sum in the same order, and ranked by (score, id). So equal rows tie exactly,
+    the smaller id wins, and the answer does not depend on blocks or shards.
+
     Args:
       query_qd: [Q, D]; emb_nd: [N, D], both L2-normalised; scores are float32 whatever their dtype.
       k: events per question.
@@ -125,11 +131,13 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     Returns:
       score_qk float32 [Q, k], best first, -inf where fewer than k rows qualify; ids_qk int32, -1 there.
     """
-    n = emb_nd.shape[0]
+    n, wide = emb_nd.shape[0], k + MARGIN
     block = min(block, max(n, 1))
     full = n // block
     mask_n = jnp.ones(n, bool) if mask_n is None else mask_n
-    best = (jnp.full((query_qd.shape[0], k), -jnp.inf, jnp.float32), jnp.full((query_qd.shape[0], k), -1, jnp.int32))
+    shape = (query_qd.shape[0], wide)
+    best = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
+    pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else lax.top_k
 
     def visit(best, start, size):
         rows = lambda x: lax.dynamic_slice_in_dim(x, start, size)  # noqa: E731
@@ -138,27 +146,30 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
         open_qn = rows(mask_n)[None, :]
         if owner_n is not None:
             open_qn = open_qn & ((owner_q[:, None] < 0) | (owner_q[:, None] == rows(owner_n)[None, :]))
-        score_qn = jnp.where(open_qn, score_qn, -jnp.inf)
-        pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else lax.top_k
-        score_qk, ids_qk = pick(score_qn, min(k, size))
-        return merge_winners([best[0], score_qk], [best[1], ids_qk + start], k)
+        score_qk, ids_qk = pick(jnp.where(open_qn, score_qn, -jnp.inf), min(wide, size))
+        score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qk], axis=1), wide)
+        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qk + start], axis=1), at_qc, axis=1)
 
     best = lax.fori_loop(0, full, lambda i, best: visit(best, i * block, block), best)
     if n % block:
         best = visit(best, full * block, n % block)
-    return best[0], jnp.where(best[0] > -jnp.inf, best[1], -1)
+    rows_qcd = emb_nd[jnp.maximum(best[1], 0)].astype(jnp.float32)
+    score_qc = jnp.sum(query_qd.astype(jnp.float32)[:, None, :] * rows_qcd, axis=-1)
+    return rank(jnp.where(best[0] > -jnp.inf, score_qc, -jnp.inf), best[1], k)
 
 
-def merge_winners(scores, ids, k):
-    """Best k of several candidate lists [Q, .]; the earlier list wins a tie."""
-    score_qk, at_qk = lax.top_k(jnp.concatenate(scores, axis=1), k)
-    return score_qk, jnp.take_along_axis(jnp.concatenate(ids, axis=1), at_qk, axis=1)
+def rank(score_qc, ids_qc, k):
+    """The best k of C candidates by (score, smaller id): (score_qk, ids_qk), id -1 where the score is -inf."""
+    ids_qc = jnp.where(score_qc > -jnp.inf, ids_qc, jnp.iinfo(jnp.int32).max)
+    negative_qc, ids_qc = lax.sort((-score_qc, ids_qc), dimension=1, num_keys=2)
+    score_qk = -negative_qc[:, :k]
+    return score_qk, jnp.where(score_qk > -jnp.inf, ids_qc[:, :k], -1)
 
 
 def search_sharded(mesh, axis, query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, **options):
     """`search` with the archive's rows sharded over one mesh axis (N divisible by its size; pad with mask_n).
 
-    Each shard finds its own k winners; only those, [shards, Q, k], travel. Same results and ties as `search`.
+    Each shard finds its own k winners; only those, shards x Q x k, travel. Same results and ties as `search`.
     """
     n, shards = emb_nd.shape[0], mesh.shape[axis]
     if n % shards:
@@ -170,8 +181,9 @@ def search_sharded(mesh, axis, query_qd, emb_nd, k, *, mask_n=None, owner_n=None
     def local(query_qd, emb_nd, mask_n, owner_n, owner_q):
         score_qk, ids_qk = search(query_qd, emb_nd, k, mask_n=mask_n, owner_n=owner_n, owner_q=owner_q, **options)
         ids_qk = jnp.where(ids_qk >= 0, ids_qk + lax.axis_index(axis) * (n // shards), -1)
-        score_sqk, ids_sqk = lax.all_gather(score_qk, axis), lax.all_gather(ids_qk, axis)
-        return merge_winners(list(score_sqk), list(ids_sqk), k)
+        # [shards, Q, k] winners become [Q, shards * k] candidates
+        gather = functools.partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
+        return rank(gather(score_qk), gather(ids_qk), k)
 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(P(), P(axis), P(axis), P(axis), P()), out_specs=(P(), P()), check_vma=False
