@@ -44,7 +44,9 @@ class Compressed:
     mask_bk: jax.Array
 
 
-def merge_weights(vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, target_b=None):
+def merge_weights(
+    vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, target_b=None, metric="cosine"
+):
     """Which source patches each kept patch averages, and by how much.
 
     sim(H_a, H_b) = mean_p cos(h_a^p, h_b^p), computed anew for every merged patch. Stage 1 merges the most similar
@@ -63,12 +65,15 @@ def merge_weights(vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=N
       weighted: False, the paper's unweighted mean of the two; True, weighted by their sizes, which makes each kept
         patch the plain mean of its sources.
       target_b: optional int32 [B], a budget per video, at most `keep` (a budget that follows the question).
+      metric: "cosine", or "dot" for raw dot products (MovieChat's code).
 
     Returns:
       float32 [B, keep, T]; valid rows sum to 1, have contiguous support among valid patches and come first, in time
       order; the rest is zero.
     """
-    owner_bt, share_bt, alive_bt = _merge(vis_btpd, mask_bt, event_bt, keep, per_event, window, weighted, target_b)
+    owner_bt, share_bt, alive_bt = _merge(
+        vis_btpd, mask_bt, event_bt, keep, per_event, window, weighted, target_b, metric
+    )
     rank_bt = jnp.cumsum(alive_bt, axis=1) - 1
     row_bt = jnp.take_along_axis(rank_bt, owner_bt, axis=1)
     return _weights(row_bt, share_bt, keep)
@@ -97,7 +102,7 @@ def compress_per_event(
     """
     del per_event, window
     num_patches = vis_btpd.shape[1]
-    _, share_bt, _ = _merge(vis_btpd, mask_bt, event_bt, num_patches, 1, None, weighted, None)
+    _, share_bt, _ = _merge(vis_btpd, mask_bt, event_bt, num_patches, 1, None, weighted, None, "cosine")
     return apply_weights(vis_btpd, mask_bt, _weights(event_bt, share_bt, keep), t_bt)
 
 
@@ -132,23 +137,25 @@ def _weights(row_bt, share_bt, keep):
     return jnp.where(hit_bkt, share_bt[:, None, :], 0.0)
 
 
-def _merge(vis_btpd, mask_bt, event_bt, keep, per_event, window, weighted, target_b):
+def _merge(vis_btpd, mask_bt, event_bt, keep, per_event, window, weighted, target_b, metric):
     """Runs the loop. Returns owner [B, T] (slot each source ended in), share [B, T] (its weight there, 0 where
     masked) and alive [B, T] (slots left)."""
     b, t = mask_bt.shape
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
+    if metric not in ("cosine", "dot"):
+        raise ValueError(f"metric must be 'cosine' or 'dot', not {metric!r}")
     vis_btpd = jnp.where(mask_bt[:, :, None, None], lax.stop_gradient(vis_btpd), 0)
     gram_bttp = jnp.einsum("bupd,bvpd->buvp", vis_btpd, vis_btpd, precision="highest",
                            preferred_element_type=jnp.float32)  # fmt: skip
     budget_bt = jnp.broadcast_to(jnp.asarray(t if per_event is None else per_event, jnp.int32), (b, t))
     trips = max(t - (keep if per_event is None and target_b is None else 1), 0)
     target_b = jnp.full((b,), keep) if target_b is None else jnp.clip(target_b, 1, keep)
-    one = functools.partial(_merge_one, trips=trips, window=window or t, weighted=weighted)
+    one = functools.partial(_merge_one, trips=trips, window=window or t, weighted=weighted, metric=metric)
     return jax.vmap(one)(gram_bttp, mask_bt, event_bt.astype(jnp.int32), budget_bt, target_b.astype(jnp.int32))
 
 
-def _merge_one(gram_ttp, mask_t, event_t, budget_t, target, *, trips, window, weighted):
+def _merge_one(gram_ttp, mask_t, event_t, budget_t, target, *, trips, window, weighted, metric):
     t = mask_t.shape[0]
     slot_t = jnp.arange(t)
     # The next valid patch after each patch; t where there is none.
@@ -169,7 +176,7 @@ def _merge_one(gram_ttp, mask_t, event_t, budget_t, target, *, trips, window, we
     def step(_, s):
         partner_t = jnp.minimum(s["next"], t - 1)
         paired_t = s["alive"] & (s["next"] < t)
-        sim_t = _similarity(s["gram"], partner_t)
+        sim_t = _similarity(s["gram"], partner_t, metric)
         one_event_t = (event_t == s["last_event"]) & (event_t == s["last_event"][partner_t])
         in_window_t = s["size"] + s["size"][partner_t] <= window
         first_t = paired_t & one_event_t & in_window_t & (s["left"] > budget_t)
@@ -184,10 +191,11 @@ def _merge_one(gram_ttp, mask_t, event_t, budget_t, target, *, trips, window, we
     return state["owner"], state["share"], state["alive"]
 
 
-def _similarity(gram_ttp, partner_t):
-    t = partner_t.shape[0]
+def _similarity(gram_ttp, partner_t, metric):
+    dot_tp = gram_ttp[jnp.arange(len(partner_t)), partner_t]
+    if metric == "dot":
+        return jnp.mean(dot_tp, axis=1)
     norm_tp = jnp.diagonal(gram_ttp, axis1=0, axis2=1).T
-    dot_tp = gram_ttp[jnp.arange(t), partner_t]
     cos_tp = dot_tp * lax.rsqrt(norm_tp + 1e-30) * lax.rsqrt(norm_tp[partner_t] + 1e-30)
     return jnp.round(jnp.mean(cos_tp, axis=1) * SIMILARITY_GRID)
 
