@@ -1,0 +1,271 @@
+"""Events without weights: where a video changes, from colour and structure, one frame at a time.
+
+Every frame becomes a small descriptor: mean colours of a 16 x 16 grid, colour histograms of four quarters, edge
+energy in two directions. The difference of two frames is
+
+    S = A + 2 B + 2 C
+    A = mean over cells of min(|colour change|, 32) / 32   (saturates: a small bright object cannot look like a cut)
+    B = mean histogram distance, C = change of edge energy (both blind to motion inside the frame)
+
+Three kinds of border are found. A cut is a single difference that stands out from its two neighbours and from the
+recent level. A dissolve is a run of raised differences whose frames are mixtures of the run's two ends (a pan or a
+fast motion is not a mixture). A fade passes through a blank frame. A long take is also split where it has drifted
+away from its own beginning. The level is a low quantile of recent differences, so it follows the camera's unrest and
+is not raised by the borders themselves.
+
+The segmenter is causal with a short delay; `segment` is its replay, so both give the same borders. It is the default
+where no TransNetV2 weights are given. numpy and OpenCV only.
+"""
+
+import collections
+import dataclasses
+
+import cv2
+import numpy as np
+
+GRID, SIDE, BINS = 16, 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Thresholds in units of S (0 to about 4); lengths in temporal patches of `frames_per_patch` frames.
+
+    Attributes:
+      cut: least S of a cut, in a quiet video.
+      peak: a cut exceeds its neighbours by this factor.
+      blend: least S between the ends of a dissolve.
+      residual: largest share of a mixture's distance that the two ends do not explain.
+      blank: a frame whose cells deviate less than this (levels) is blank.
+      drift: S (without A) from the event's beginning that splits a long take, after `drift_seconds` of it.
+      min_len, max_len: shortest and longest event; None: no longest.
+    """
+
+    cut: float = 0.5
+    peak: float = 1.4
+    blend: float = 0.6
+    residual: float = 0.12
+    blank: float = 4.0
+    drift: float = 0.7
+    drift_seconds: float = 5.0
+    min_len: int = 1
+    max_len: int | None = None
+    frames_per_patch: int = 2
+    memory: int = 64
+    longest_blend: int = 48
+
+    def __post_init__(self):
+        if self.min_len < 1 or (self.max_len is not None and self.max_len < self.min_len):
+            raise ValueError(f"need 1 <= min_len <= max_len, got {self.min_len} and {self.max_len}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    cells: np.ndarray  # float32 [256, 3], levels
+    histogram: np.ndarray  # float32 [4, 24], each channel's part sums to 1
+    edges: np.ndarray  # float32 [2], 0..1
+
+    @property
+    def contrast(self) -> float:
+        """Largest deviation of the cells over space, in levels; about 0 for a blank frame."""
+        return float(self.cells.std(axis=0).max())
+
+
+def describe(frame: np.ndarray) -> Descriptor:
+    """Descriptor of one RGB frame, uint8 [H, W, 3]."""
+    small = cv2.resize(frame, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    cells = cv2.resize(small.astype(np.float32), (GRID, GRID), interpolation=cv2.INTER_AREA).reshape(-1, 3)
+    ycc = cv2.cvtColor(small, cv2.COLOR_RGB2YCrCb).astype(np.float32)
+    span = np.array([[0, 64, 64], [255, 192, 192]], np.float32)
+    place = (np.clip(ycc, span[0], span[1]) - span[0]) / (span[1] - span[0]) * (BINS - 1)
+    place = place.reshape(2, SIDE // 2, 2, SIDE // 2, 3).transpose(0, 2, 4, 1, 3).reshape(12, -1)  # quarter x channel
+    low = np.minimum(place.astype(np.int32), BINS - 2)
+    up = place - low
+    index = low + BINS * np.arange(12)[:, None]
+    total = np.bincount(index.ravel(), (1 - up).ravel(), 12 * BINS)
+    total += np.bincount(index.ravel() + 1, up.ravel(), 12 * BINS)
+    luma = ycc[..., 0]
+    edges = [np.minimum(np.abs(np.diff(luma, axis=axis)), 32).mean() / 32 for axis in (0, 1)]
+    histogram = (total.reshape(4, 3 * BINS) / (SIDE * SIDE / 4)).astype(np.float32)
+    return Descriptor(cells, histogram, np.array(edges, np.float32))
+
+
+def difference(a: Descriptor, b: Descriptor, *, layout: bool = True) -> float:
+    """S between two frames; without the layout term A if `layout` is False."""
+    moved = np.minimum(np.abs(a.cells - b.cells).mean(axis=1), 32).mean() / 32 if layout else 0.0
+    colour = np.abs(a.histogram - b.histogram).sum() / 24
+    return float(moved + 2 * colour + 2 * np.abs(a.edges - b.edges).sum())
+
+
+class Segmenter:
+    """Online segmentation: `push` one frame at a time; state and delay are bounded.
+
+    Borders are frame indices, the first frame of each new event, in increasing order. A border is reported at most
+    `longest_blend` frames after it happened and never taken back.
+    """
+
+    def __init__(self, fps: float, options: Options | None = None):
+        self.options = options or Options()
+        self.drift_frames = max(1, round(self.options.drift_seconds * fps))
+        size = self.options.longest_blend + 2
+        self.now = -1  # index of the latest frame
+        self.start = 0  # first frame of the open event
+        self.recent = collections.deque(maxlen=self.options.memory)  # differences, for the level
+        self.frames = collections.deque(maxlen=size)  # latest descriptors
+        self.steps = collections.deque(maxlen=size)  # difference of each to the one before it
+        self.run = 0  # how many latest steps are raised
+        self.drifted = 0  # how many latest frames are far from the event's beginning
+        self.blank_from = None
+        self.first = None  # descriptor of the event's first frame
+
+    def push(self, frame: np.ndarray) -> list[int]:
+        """Takes the next frame, uint8 RGB [H, W, 3]; returns the borders it confirms."""
+        seen = describe(frame)
+        step = difference(self.frames[-1], seen) if self.frames else 0.0
+        if self.frames:
+            self.recent.append(step)
+        self.frames.append(seen)
+        self.steps.append(step)
+        self.now += 1
+        self.first = self.first or seen
+        level = float(np.quantile(self.recent, 0.4)) if self.recent else 0.0
+        blended = self._dissolve(step, level)  # keeps the run's length: always called
+        candidates = (self._fade(seen), self._cut(step, level), blended, self._drift(seen))
+        found = []
+        for border in sorted({c for c in candidates if c is not None}):
+            self._accept(border, found)
+        longest = self.options.max_len and self.options.max_len * self.options.frames_per_patch
+        if longest and self.now - self.start > longest + self.options.longest_blend:
+            self._open(self.start + longest, found)
+        return found
+
+    def _accept(self, border: int, found: list[int]):
+        patch = self.options.frames_per_patch
+        longest = self.options.max_len and self.options.max_len * patch
+        while longest and border - self.start > longest:
+            self._open(self.start + longest, found)
+        if border // patch - self.start // patch >= self.options.min_len:
+            self._open(border, found)
+
+    def _open(self, border: int, found: list[int]):
+        found.append(border)
+        self.start, self.drifted = border, 0
+        self.first = self.frames[max(len(self.frames) - 1 - (self.now - border), 0)]
+
+    def _fade(self, seen: Descriptor) -> int | None:
+        """The middle of a run of blank frames, once it has ended."""
+        if seen.contrast < self.options.blank:
+            self.blank_from = self.now if self.blank_from is None else self.blank_from
+            return None
+        begun, self.blank_from = self.blank_from, None
+        return (begun + self.now) // 2 if begun else None
+
+    def _cut(self, step: float, level: float) -> int | None:
+        """The frame before this one, if its step towers over both neighbours."""
+        if len(self.steps) < 2 or self.now < 2:
+            return None
+        before, it = (self.steps[-3] if self.now > 2 else 0.0), self.steps[-2]
+        tall = it > max(self.options.cut, 2 * level) and it > self.options.peak * max(before, step)
+        return self.now - 1 if tall else None
+
+    def _dissolve(self, step: float, level: float) -> int | None:
+        """The first frame that is more new than old, when a run of raised steps has ended as a mixture of its ends."""
+        if step > 2 * level + 0.02:
+            self.run += 1
+            return None
+        length, self.run = self.run, 0
+        if not 2 <= length <= self.options.longest_blend - 2 or length + 2 > len(self.frames):
+            return None
+        frames = list(self.frames)[-length - 2 : -1]  # the two ends and what lies between
+        a, b = frames[0], frames[-1]
+        between = max(f.contrast for f in frames[1:-1])
+        if difference(a, b) < self.options.blend or min(a.contrast, b.contrast) < 0.5 * between:
+            return None  # the second: a fade from or to a blank frame
+        share, residual = mixture(a, frames[1:-1], b)
+        jumps = np.diff(np.concatenate([[0.0], share, [1.0]]))
+        if residual > self.options.residual or jumps.max() > 0.8 or jumps.min() < -0.1:
+            return None
+        return self.now - 1 - length + 1 + int(np.argmax(np.append(share, 1.0) >= 0.5))
+
+    def _drift(self, seen: Descriptor) -> int | None:
+        if self.now - self.start < self.drift_frames:
+            return None
+        far = difference(self.first, seen, layout=False) > self.options.drift
+        self.drifted = self.drifted + 1 if far else 0
+        return self.now if self.drifted >= 3 else None
+
+
+def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np.ndarray, float]:
+    """Fits x = a + s (b - a) to each frame between: the shares s and the largest rest, |r|^2 / |b - a|^2."""
+    way = (b.cells - a.cells).ravel()
+    gone = np.stack([f.cells for f in between]).reshape(len(between), -1) - a.cells.ravel()
+    length = float(way @ way) + 1e-6
+    share = gone @ way / length
+    rest = gone - share[:, None] * way
+    return share, float(np.max(np.sum(rest**2, axis=1)) / length)
+
+
+def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> list[int]:
+    """First frame of each event but the first, for a whole clip uint8 RGB [T, H, W, 3]: the replay of `Segmenter`."""
+    segmenter = Segmenter(fps, options)
+    return [border for frame in frames for border in segmenter.push(frame)]
+
+
+def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> list[tuple[int, int]]:
+    """Event spans [start, end) in temporal patches that cover the clip.
+
+    A border inside a patch gives that patch to the new event. An odd last frame counts as a patch.
+
+    Args:
+      frames: uint8 RGB [T, H, W, 3], as sampled (not necessarily the file's own rate).
+      fps: frames per second of `frames`.
+    """
+    options = options or Options()
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames must be uint8 [T, H, W, 3] with T >= 1, got {frames.dtype} {frames.shape}")
+    return spans(borders(frames, fps, options), len(frames), options)
+
+
+def spans(found: list[int], num_frames: int, options: Options) -> list[tuple[int, int]]:
+    """Borders in frames -> spans in patches; a last event shorter than min_len joins the one before it."""
+    patch = options.frames_per_patch
+    end = -(-num_frames // patch)
+    starts = [0, *dict.fromkeys(b // patch for b in found if 0 < b // patch < end)]
+    if len(starts) > 1 and end - starts[-1] < options.min_len:
+        starts.pop()
+    cover = []
+    for start, stop in zip(starts, [*starts[1:], end], strict=True):
+        longest = options.max_len or stop - start
+        cover += [(s, min(s + longest, stop)) for s in range(start, stop, longest)]
+    return cover
+
+
+def segment_features(feat_tnd: np.ndarray, options: Options | None = None, *, floor=0.1) -> list[tuple[int, int]]:
+    """Event spans from features of temporal patches, [t, n, D] or [t, D] (the tower's, any encoder's).
+
+    A border where 1 - mean_n cos of neighbouring patches exceeds `floor` and three times the 40 % quantile of the
+    clip's, and is not below either neighbour. Not causal. min_len and max_len as in `Options`.
+    """
+    options = dataclasses.replace(options or Options(), frames_per_patch=1)
+    feat = np.asarray(feat_tnd, np.float32).reshape(len(feat_tnd), -1, feat_tnd.shape[-1])
+    feat = feat / np.maximum(np.linalg.norm(feat, axis=-1, keepdims=True), 1e-6)
+    step = 1 - np.sum(feat[1:] * feat[:-1], axis=-1).mean(axis=1)
+    if not len(step):
+        return [(0, len(feat))]
+    padded = np.pad(step, 1)
+    high = (step > max(floor, 3 * float(np.quantile(step, 0.4)))) & (step >= padded[:-2]) & (step >= padded[2:])
+    found = []
+    for border in (np.flatnonzero(high) + 1).tolist():
+        if border - (found[-1] if found else 0) >= options.min_len:
+            found.append(border)
+    return spans(found, len(feat), options)
+
+
+def score_borders(found, truth, tolerance: int) -> tuple[float, float]:
+    """(precision, recall) of borders within +- tolerance frames, each true border matched once, nearest first."""
+    pairs = sorted((abs(f - t), i, j) for i, f in enumerate(found) for j, t in enumerate(truth))
+    used_f, used_t = set(), set()
+    for distance, i, j in pairs:
+        if distance <= tolerance and i not in used_f and j not in used_t:
+            used_f.add(i)
+            used_t.add(j)
+    return (len(used_f) / len(found) if found else 1.0), (len(used_t) / len(truth) if truth else 1.0)

@@ -1,0 +1,191 @@
+"""Which events a question is about: exact cosine top-k, always returned in time order.
+
+Embeddings are L2-normalised beforehand, so cosine is a dot product. A tie goes to the smaller id, on one device and
+on many. Exact search is bandwidth-bound and fast enough up to millions of events (`approx=True` uses the TPU's
+`approx_max_k`), so there is no index to build and none to go stale.
+
+Axes: b question (or video), e event of a video, n event of an archive, d embedding, k chosen event.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+MARGIN = 8  # rows nominated beyond k before the exact ranking of an archive search
+
+
+def topk_events(query_bd, event_emb_bed, event_mask_be, k, *, rule=None, **rule_args):
+    """The k events of each question's own video that are nearest to the question.
+
+    Args:
+      query_bd: [B, D] L2-normalised question embeddings.
+      event_emb_bed: [B, E, D] L2-normalised event embeddings, events in time order.
+      event_mask_be: bool [B, E].
+      k: most events returned.
+      rule: None, always k; "mass" or "gap", fewer where the scores say so (see `enough`, which takes `rule_args`).
+
+    Returns:
+      ids_bk int32 [B, k], ascending (time order), valid ones first, 0 where not valid; valid_bk bool [B, k].
+    """
+    score_be = jnp.einsum("bd,bed->be", query_bd, event_emb_bed, precision="highest",
+                          preferred_element_type=jnp.float32)  # fmt: skip
+    return topk_scores(score_be, event_mask_be, k, rule=rule, **rule_args)
+
+
+def topk_scores(score_be, event_mask_be, k, *, rule=None, **rule_args):
+    """As `topk_events`, from scores [B, E]."""
+    num_events = score_be.shape[1]
+    score_be = jnp.where(event_mask_be, score_be, -jnp.inf)
+    if num_events < k:
+        score_be = jnp.pad(score_be, ((0, 0), (0, k - num_events)), constant_values=-jnp.inf)
+    best_bk, ids_bk = lax.top_k(score_be, k)
+    valid_bk = best_bk > -jnp.inf
+    if rule is not None:
+        valid_bk &= enough(score_be, k, rule=rule, **rule_args)
+    return in_time_order(ids_bk, valid_bk)
+
+
+def in_time_order(ids_bk, valid_bk):
+    """Sorts chosen ids ascending, the invalid ones last and set to 0."""
+    last = jnp.iinfo(jnp.int32).max
+    ids_bk = jnp.sort(jnp.where(valid_bk, ids_bk, last).astype(jnp.int32), axis=1)
+    valid_bk = ids_bk < last
+    return jnp.where(valid_bk, ids_bk, 0), valid_bk
+
+
+def enough(score_be, k_max, *, rule="mass", mass=0.8, temperature=0.05, k_min=1):
+    """How many of the k_max best events are worth reading (compression.md 5). Masked scores are -inf.
+
+    "mass": the fewest whose softmax(score / temperature) sums to at least `mass`.
+    "gap": cut at the largest drop between neighbours among the k_max best.
+
+    Returns bool [B, k_max] over events sorted by score, a prefix of True of length k_min..k_max.
+    """
+    best_bk, _ = lax.top_k(score_be, k_max)
+    finite_bk = best_bk > -jnp.inf
+    if rule == "mass":
+        prob_bk = jnp.exp(best_bk / temperature - jax.nn.logsumexp(score_be / temperature, axis=1, keepdims=True))
+        prob_bk = jnp.where(finite_bk, prob_bk, 0)
+        count_b = 1 + jnp.sum(jnp.cumsum(prob_bk, axis=1) < mass, axis=1)
+    elif rule == "gap":
+        both_bk = finite_bk[:, 1:] & finite_bk[:, :-1]
+        drop_bk = jnp.where(both_bk, best_bk[:, :-1] - best_bk[:, 1:], -jnp.inf)
+        count_b = 1 + jnp.argmax(drop_bk, axis=1) if k_max > 1 else jnp.ones(score_be.shape[0], jnp.int32)
+    else:
+        raise ValueError(f"rule must be 'mass' or 'gap', not {rule!r}")
+    return jnp.arange(k_max)[None, :] < jnp.clip(count_b, k_min, k_max)[:, None]
+
+
+def gather_patches(ids_bk, valid_bk, event_start_be, event_len_be, max_len):
+    """Temporal patches of the chosen events, each event padded to `max_len`.
+
+    Args:
+      ids_bk, valid_bk: chosen events, from `topk_events`.
+      event_start_be, event_len_be: int32 [B, E], first temporal patch and number of patches of each event.
+      max_len: static; longer events are cut to max_len patches spread evenly over them, first and last included.
+
+    Returns:
+      patch_bn int32 [B, k * max_len] (0 where masked), mask_bn bool, slot_bn int32 (0..k-1, which chosen event a
+      patch belongs to: the `event_bt` of `memory.compress`).
+    """
+    b, k = ids_bk.shape
+    start_bk = jnp.take_along_axis(event_start_be, ids_bk, axis=1)[:, :, None]
+    len_bk = jnp.where(valid_bk, jnp.take_along_axis(event_len_be, ids_bk, axis=1), 0)[:, :, None]
+    i = jnp.arange(max_len)[None, None, :]
+    mask_bki = i < len_bk
+    if max_len > 1:
+        spread_bki = (i * (len_bk - 1) + (max_len - 1) // 2) // (max_len - 1)
+    else:
+        spread_bki = len_bk // 2
+    patch_bki = jnp.where(mask_bki, start_bk + jnp.where(len_bk > max_len, spread_bki, i), 0)
+    slot_bki = jnp.broadcast_to(jnp.arange(k)[None, :, None], (b, k, max_len))
+    flat = functools.partial(jnp.reshape, shape=(b, k * max_len))
+    return flat(patch_bki).astype(jnp.int32), flat(mask_bki), flat(slot_bki).astype(jnp.int32)
+
+
+def gather_events(vis_btpd, ids_bk, valid_bk, event_start_be, event_len_be, max_len):
+    """Visual tokens of the chosen events: (tokens [B, k * max_len, P, D], mask_bn, slot_bn, patch_bn)."""
+    patch_bn, mask_bn, slot_bn = gather_patches(ids_bk, valid_bk, event_start_be, event_len_be, max_len)
+    vis_bnpd = jnp.take_along_axis(vis_btpd, patch_bn[:, :, None, None], axis=1)
+    return vis_bnpd, mask_bn, slot_bn, patch_bn
+
+
+def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, block=1 << 16, approx=False):
+    """Exact top-k of an archive, block by block: only [Q, block] scores exist at any time.
+
+    The matrix product rounds equal rows differently in different places, so it only nominates k + MARGIN rows; those
+    are scored again, each by the same sum in the same order, and ranked by (score, id). So equal rows tie exactly,
+    the smaller id wins, and the answer does not depend on blocks or shards.
+
+    Args:
+      query_qd: [Q, D]; emb_nd: [N, D], both L2-normalised; scores are float32 whatever their dtype.
+      k: events per question.
+      mask_n: optional bool [N]; False rows are never returned.
+      owner_n, owner_q: optional int32 [N] and [Q]; a question is answered only from rows with its owner (a video or
+        a camera), from all rows if its owner is negative.
+      approx: per block `lax.approx_max_k` (recall target 0.95; exact off TPU) in place of `lax.top_k`.
+
+    Returns:
+      score_qk float32 [Q, k], best first, -inf where fewer than k rows qualify; ids_qk int32, -1 there.
+    """
+    n, wide = emb_nd.shape[0], k + MARGIN
+    block = min(block, max(n, 1))
+    full = n // block
+    mask_n = jnp.ones(n, bool) if mask_n is None else mask_n
+    shape = (query_qd.shape[0], wide)
+    best = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
+    pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else lax.top_k
+
+    def visit(best, start, size):
+        rows = lambda x: lax.dynamic_slice_in_dim(x, start, size)  # noqa: E731
+        score_qn = jnp.einsum("qd,nd->qn", query_qd, rows(emb_nd), precision="highest",
+                              preferred_element_type=jnp.float32)  # fmt: skip
+        open_qn = rows(mask_n)[None, :]
+        if owner_n is not None:
+            open_qn = open_qn & ((owner_q[:, None] < 0) | (owner_q[:, None] == rows(owner_n)[None, :]))
+        score_qk, ids_qk = pick(jnp.where(open_qn, score_qn, -jnp.inf), min(wide, size))
+        score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qk], axis=1), wide)
+        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qk + start], axis=1), at_qc, axis=1)
+
+    best = lax.fori_loop(0, full, lambda i, best: visit(best, i * block, block), best)
+    if n % block:
+        best = visit(best, full * block, n % block)
+    rows_qcd = emb_nd[jnp.maximum(best[1], 0)].astype(jnp.float32)
+    score_qc = jnp.sum(query_qd.astype(jnp.float32)[:, None, :] * rows_qcd, axis=-1)
+    return rank(jnp.where(best[0] > -jnp.inf, score_qc, -jnp.inf), best[1], k)
+
+
+def rank(score_qc, ids_qc, k):
+    """The best k of C candidates by (score, smaller id): (score_qk, ids_qk), id -1 where the score is -inf."""
+    ids_qc = jnp.where(score_qc > -jnp.inf, ids_qc, jnp.iinfo(jnp.int32).max)
+    negative_qc, ids_qc = lax.sort((-score_qc, ids_qc), dimension=1, num_keys=2)
+    score_qk = -negative_qc[:, :k]
+    return score_qk, jnp.where(score_qk > -jnp.inf, ids_qc[:, :k], -1)
+
+
+def search_sharded(mesh, axis, query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, **options):
+    """`search` with the archive's rows sharded over one mesh axis (N divisible by its size; pad with mask_n).
+
+    Each shard finds its own k winners; only those, shards x Q x k, travel. Same results and ties as `search`.
+    """
+    n, shards = emb_nd.shape[0], mesh.shape[axis]
+    if n % shards:
+        raise ValueError(f"{n} rows do not divide over {shards} shards of mesh axis {axis!r}: pad with mask_n")
+    mask_n = jnp.ones(n, bool) if mask_n is None else mask_n
+    owner_n = jnp.zeros(n, jnp.int32) if owner_n is None else owner_n
+    owner_q = jnp.full(query_qd.shape[0], -1, jnp.int32) if owner_q is None else owner_q
+
+    def local(query_qd, emb_nd, mask_n, owner_n, owner_q):
+        score_qk, ids_qk = search(query_qd, emb_nd, k, mask_n=mask_n, owner_n=owner_n, owner_q=owner_q, **options)
+        ids_qk = jnp.where(ids_qk >= 0, ids_qk + lax.axis_index(axis) * (n // shards), -1)
+        # [shards, Q, k] winners become [Q, shards * k] candidates
+        gather = functools.partial(lax.all_gather, axis_name=axis, axis=1, tiled=True)
+        return rank(gather(score_qk), gather(ids_qk), k)
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P(axis), P(axis), P(axis), P()), out_specs=(P(), P()), check_vma=False
+    )
+    return sharded(query_qd, emb_nd, mask_n, owner_n, owner_q)
