@@ -1,0 +1,430 @@
+"""Checkpoints that are whole or absent: Orbax arrays, a SHA-256 manifest, restore onto any mesh.
+
+One step is one folder:
+
+    <directory>/step_00000040/tree/           arrays, an ordinary Orbax checkpoint (nested dicts of the paths)
+                              meta.json       what else must resume together: data position, config, ...
+                              manifest.json   size and SHA-256 of every file above, shape and dtype of every array
+
+It is written under a hidden name, hashed, and renamed in one move, so a killed run leaves nothing that looks like a
+step. Orbax itself has no checksum (8 bit flips per file in its data files: 15 of 16 restored silently wrong), hence the
+manifest. A hash finds damage; it is no signature. Directories are local or shared file systems (mount a bucket).
+"""
+
+import concurrent.futures
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from marc_jax.config import UserError
+
+FORMAT = 1
+_LARGEST_LIST = 5
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, found, trusted, or does not fit. One line for the user."""
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Pending:
+    """A save under way. `wait()` returns when the step is committed, or raises what went wrong."""
+
+    def __init__(self, finish):
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(finish,), name="checkpoint")
+        self._thread.start()
+
+    def _run(self, finish) -> None:
+        try:
+            finish()
+        except BaseException as e:
+            self._error = e
+
+    def wait(self) -> None:
+        """Blocks until the step is on disk; raises CheckpointError (once) if it never will be."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def save(
+    directory, step: int, tree: Any, meta: Mapping | None = None, *, keep: int | None = 3, wait: bool = True
+) -> Pending | None:
+    """Writes one step; returns when it is committed, or at once with `wait=False`.
+
+    Args:
+      directory: holds the steps; made if absent.
+      step: its number; an existing step of this number is replaced.
+      tree: any pytree of arrays; typed PRNG keys are welcome. Copied to the host before this returns, so the caller may
+        donate its buffers.
+      meta: JSON-serialisable; comes back from `restore`.
+      keep: how many newest steps stay; None keeps all. Older ones go only after this one is committed.
+      wait: with False the result is a `Pending`; wait for it before the next save and at the end.
+
+    Raises:
+      CheckpointError: disk full, directory not writable; earlier steps are untouched.
+    """
+    directory = _directory(directory)
+    final, partial = directory / _name(step), directory / f".{_name(step)}.partial"
+    leaves = _leaves(tree)
+    text = json.dumps(dict(meta or {}), indent=1, sort_keys=True)
+    shapes = {path: [list(np.shape(x)), str(_dtype(x))] for path, x in leaves.items()}
+    with _Failure(directory, step, partial):
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            (partial / "meta.json").write_text(text, encoding="utf-8")
+        _barrier(f"checkpoint_{step}_begin")
+        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        writer.save(partial / "tree", args=ocp.args.PyTreeSave(_nest({path: _raw(x) for path, x in leaves.items()})))
+
+    def finish():
+        with _Failure(directory, step, partial):
+            writer.wait_until_finished()
+            writer.close()
+            if jax.process_index() == 0:
+                _write_manifest(partial, step, shapes)
+                _commit(partial, final)
+                _forget(directory, keep)
+
+    pending = Pending(finish)
+    if not wait:
+        return pending
+    pending.wait()
+    _barrier(f"checkpoint_{step}_end")
+    return None
+
+
+def restore(
+    directory, abstract: Any, step: int | None = None, *, verify: str = "full", partial: bool = False, config=None
+) -> tuple[Any, dict]:
+    """Reads (tree, meta) of a step, placed as `abstract` says.
+
+    Args:
+      directory: as given to `save`.
+      abstract: pytree of `jax.ShapeDtypeStruct` (or arrays) of the same paths; a leaf's `.sharding` decides where it goes,
+        whatever the mesh it was saved from; a leaf without one becomes an uncommitted array on the default device.
+      step: None takes the newest step that verifies, and logs a warning for each newer one that does not.
+      verify: "full" hashes every file, "size" compares sizes, "off" trusts the disk.
+      partial: with True, arrays of the checkpoint that `abstract` lacks are left unread (e.g. {"params": ...} alone).
+      config: this run's config as a nested dict; compared with meta["config"] when the arrays do not fit.
+
+    Raises:
+      CheckpointError: no step, none that verifies, the step asked for is damaged (names the file), or another tree
+        (names the first paths that differ).
+    """
+    directory = _directory(directory)
+    candidates = [step] if step is not None else steps(directory)[::-1]
+    problems = []
+    for number in candidates:
+        problem = check(directory, number, verify)
+        if problem is None:
+            try:
+                return _read(directory, number, abstract, partial, config)
+            except CheckpointError:
+                raise
+            except Exception as e:  # Orbax raises many kinds on damaged files.
+                problem = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        problems.append(f"step {number}: {problem}")
+        if step is None:
+            logging.warning("checkpoint %s is damaged, trying an older one: %s", directory, problems[-1])
+    if not problems:
+        raise CheckpointError(f"no checkpoint in {directory}")
+    raise CheckpointError(f"no usable checkpoint in {directory}: {'; '.join(problems)}")
+
+
+def steps(directory) -> list[int]:
+    """Numbers of the committed steps, ascending; empty where the directory is absent. Nothing is verified."""
+    directory = _directory(directory)
+    names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name))
+
+
+def latest(directory, verify: str = "full") -> int | None:
+    """The newest step that verifies, or None. Warns of newer ones that do not."""
+    for step in steps(directory)[::-1]:
+        problem = check(directory, step, verify)
+        if problem is None:
+            return step
+        logging.warning("checkpoint %s is damaged: step %d: %s", directory, step, problem)
+    return None
+
+
+def check(directory, step: int, verify: str = "full") -> str | None:
+    """What is wrong with a step, naming the file, or None. `verify`: "full", "size" or "off"."""
+    if verify not in ("full", "size", "off"):
+        raise ValueError(f"verify={verify!r}: expected 'full', 'size' or 'off'")
+    folder = _directory(directory) / _name(step)
+    if not folder.is_dir():
+        return "does not exist"
+    manifest = _manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    if manifest["step"] != step:
+        return f"manifest.json is that of step {manifest['step']}"
+    if verify == "off":
+        return None
+    for name, (size, _) in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+    if verify == "full":
+        hashes = _hashes(folder, list(manifest["files"]))
+        for name, (_, digest) in manifest["files"].items():
+            if hashes[name] != digest:
+                return f"{name} has changed (SHA-256 differs)"
+    return None
+
+
+def read_meta(directory, step: int) -> dict:
+    """meta of a step, without reading arrays or verifying."""
+    try:
+        return json.loads((_directory(directory) / _name(step) / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {directory}, step {step}: meta.json: {e}") from None
+
+
+def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, config) -> tuple[Any, dict]:
+    folder = directory / _name(step)
+    meta, saved = read_meta(directory, step), _manifest(folder)["leaves"]
+    wanted = _leaves(abstract)
+    if problem := _mismatch(saved, wanted, partial):
+        keys = _config_difference(meta.get("config"), config)
+        raise CheckpointError(f"checkpoint {directory}, step {step}, does not fit: {problem}{keys}")
+    items = {path: _target(x) for path, x in wanted.items()}
+    args = {path: _restore_args(x) for path, x in items.items()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(
+            folder / "tree",
+            args=ocp.args.PyTreeRestore(_nest(items), restore_args=_nest(args), partial_restore=True),
+        )
+    values = _leaves(tree)
+    placed = [_placed(values[path], x) for path, x in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), placed), meta
+
+
+def _target(x) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding to read; of a PRNG key, those of its raw data."""
+    if _is_key(x):
+        raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return jax.ShapeDtypeStruct(raw.shape, raw.dtype)
+    return jax.ShapeDtypeStruct(np.shape(x), _dtype(x), sharding=getattr(x, "sharding", None))
+
+
+def _restore_args(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if x.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype)
+    return ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
+
+
+def _placed(value, x):
+    sharding = getattr(x, "sharding", None)
+    if _is_key(x):
+        key = jax.random.wrap_key_data(np.asarray(value), impl=jax.random.key_impl(x) if hasattr(x, "devices") else None)
+        if key.dtype != x.dtype:
+            key = jax.random.wrap_key_data(np.asarray(value), impl=str(x.dtype).removeprefix("key<").removesuffix(">"))
+        return key if sharding is None else jax.device_put(key, sharding)
+    return value if sharding is not None else jax.numpy.asarray(value)
+
+
+def _is_key(x) -> bool:
+    return jax.dtypes.issubdtype(_dtype(x), jax.dtypes.prng_key)
+
+
+def _dtype(x):
+    return x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+
+
+def _raw(x):
+    return jax.random.key_data(x) if _is_key(x) else x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """path -> leaf; "params/text/embed/embedding", the same for flat and nested dicts."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in flat}
+    if len(leaves) != len(flat):
+        raise ValueError("two leaves of the tree have the same path")
+    return leaves
+
+
+def _nest(leaves: Mapping[str, Any]) -> dict:
+    nested: dict = {}
+    for path, value in leaves.items():
+        *branches, leaf = path.split("/")
+        node = nested
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"path {path!r} goes through another leaf")
+        node[leaf] = value
+    return nested
+
+
+def _mismatch(saved: Mapping, wanted: Mapping, partial: bool) -> str | None:
+    here = {path: [list(np.shape(x)), str(_dtype(x))] for path, x in wanted.items()}
+    different = [
+        f"{path} is {_shape(saved[path])} in the checkpoint, {_shape(here[path])} in this run"
+        for path in here
+        if path in saved and saved[path] != here[path]
+    ]
+    absent = [f"{path} is not in the checkpoint" for path in here if path not in saved]
+    surplus = [] if partial else [f"{path} is only in the checkpoint" for path in saved if path not in here]
+    problems = different + absent + surplus
+    if not problems:
+        return None
+    more = len(problems) - _LARGEST_LIST
+    return "; ".join(problems[:_LARGEST_LIST]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _shape(leaf: list) -> str:
+    return f"{leaf[1]}{leaf[0]}"
+
+
+def _config_difference(saved, here) -> str:
+    if not isinstance(saved, Mapping) or here is None:
+        return ""
+    a, b = _flat(saved), _flat(json.loads(json.dumps(here, default=str)))
+    keys = [f"{key} was {a.get(key)!r}, is {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+    return f". Config keys that differ: {'; '.join(keys[:_LARGEST_LIST])}" if keys else ""
+
+
+def _flat(config: Mapping, prefix: str = "config.") -> dict:
+    values = {}
+    for key, value in config.items():
+        values.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return values
+
+
+def _manifest(folder: pathlib.Path) -> dict | str:
+    """The manifest, or what is wrong with it."""
+    try:
+        text = (folder / "manifest.json").read_text(encoding="utf-8")
+        body, digest = text.rsplit("\n", 1)
+        if hashlib.sha256(body.encode()).hexdigest() != digest:
+            return "manifest.json has changed (SHA-256 differs)"
+        manifest = json.loads(body)
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError) as e:
+        return f"manifest.json cannot be read: {e}"
+    if manifest["format"] != FORMAT:
+        return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
+    return manifest
+
+
+def _write_manifest(folder: pathlib.Path, step: int, shapes: dict) -> None:
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    hashes = _hashes(folder, names, flush=True)
+    files = {name: [(folder / name).stat().st_size, hashes[name]] for name in names}
+    body = json.dumps({"format": FORMAT, "step": step, "leaves": shapes, "files": files}, indent=1)
+    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
+        file.write(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _hashes(folder: pathlib.Path, names: list[str], flush: bool = False) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _commit(partial: pathlib.Path, final: pathlib.Path) -> None:
+    for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+        _flush_folder(folder)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _flush_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget(directory: pathlib.Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` steps, each under a hidden name first."""
+    for step in steps(directory)[:-keep] if keep else []:
+        old = directory / f".{_name(step)}.old"
+        (directory / _name(step)).rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # Some network file systems cannot.
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _directory(directory) -> pathlib.Path:
+    if "://" in str(directory):
+        raise CheckpointError(f"checkpoint directory {directory}: not a path (mount the bucket and give its path)")
+    return pathlib.Path(directory).absolute()
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class _Failure:
+    """Turns what goes wrong while saving into one line, and takes the half-written step away."""
+
+    def __init__(self, directory: pathlib.Path, step: int, partial: pathlib.Path):
+        self.directory, self.step, self.partial = directory, step, partial
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if error is None:
+            return
+        if jax.process_index() == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        number, text = getattr(error, "errno", None), str(error)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+            reason = "no space left on the disk"
+        elif isinstance(error, OSError):
+            reason = error.strerror or text
+        elif "PERMISSION_DENIED" in text or "Read-only file system" in text:
+            reason = "not writable"
+        else:
+            return
+        good = steps(self.directory)
+        rest = f"step {good[-1]} is intact; run the same command again to resume from it" if good else "no earlier step"
+        message = f"checkpoint {self.directory}, step {self.step}, was not saved: {reason}; {rest}"
+        raise CheckpointError(message, exit_code=1) from error
