@@ -1,0 +1,144 @@
+"""The text decoder of Qwen2.5-VL: pre-norm blocks with grouped-query attention, M-RoPE and SwiGLU.
+
+This file owns the stacked-layers pattern for the decoder: `jax.lax.scan` over stacked parameters, the body returning
+activations and keys/values only. `unrolled()` gives the same decoder with one module per layer, for decoding loops on
+a GPU, where a scan would copy each layer's weights out of the stack on every token.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from marc_jax.models import attention, cache, rope
+from marc_jax.models.cache import KV
+from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, maybe_remat, stack_of
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the decoder; `mrope_section` sums to head_dim / 2."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim // 2}")
+
+
+class Attention(nnx.Module):
+    """Projections only: who attends to what is the caller's business."""
+
+    def __init__(self, cfg: TextConfig, stack=()):
+        d, h, n, kv = cfg.hidden_size, cfg.head_dim, cfg.num_heads, cfg.num_kv_heads
+        self.q = Linear((d, n * h), ("embed", "heads"), bias=True, stack=stack, units=(0, n))
+        self.k = Linear((d, kv * h), ("embed", "kv_heads"), bias=True, stack=stack, units=(0, kv))
+        self.v = Linear((d, kv * h), ("embed", "kv_heads"), bias=True, stack=stack, units=(0, kv))
+        self.o = Linear((n * h, d), ("heads", "embed"), stack=stack, units=(n, 0))
+        self.head_dim = h
+
+    def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array):
+        """Rotated queries [..., n, h] and keys [..., k, h], and values."""
+        q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (self.q(x), self.k(x), self.v(x)))
+        return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
+
+    def out(self, y: jax.Array) -> jax.Array:
+        return self.o(y.reshape(*y.shape[:-2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, cfg: TextConfig, stack=()):
+        self.norm1 = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, stack)
+        self.attn = Attention(cfg, stack)
+        self.norm2 = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, stack)
+        self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size, bias=False, stack=stack)
+
+    def __call__(self, x, cos, sin, attend):
+        """attend(q, k, v) -> [..., n, h]; returns the new activations and this layer's (k, v)."""
+        q, k, v = self.attn.qkv(self.norm1(x), cos, sin)
+        x = x + self.attn.out(attend(q, k, v))
+        return x + self.mlp(self.norm2(x)), (k, v)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab: int, size: int):
+        self.embedding = nnx.Param(Weight((vocab, size), ("vocab", "embed"), "normal", (0, 0)))
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked layers, final norm and (when untied) the head."""
+
+    def __init__(self, cfg: TextConfig, runtime: Runtime):
+        self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = DecoderLayer(cfg, (cfg.num_layers,))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.head = None if cfg.tie_word_embeddings else Linear((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"))
+        self.cfg, self.runtime = cfg, runtime
+
+    def unrolled(self) -> "Decoder":
+        """The same decoder with `layers` as a list of single layers (slices; call it outside the decoding loop)."""
+        graphdef, state = nnx.split(self)
+        twin = nnx.merge(graphdef, state)
+        make, stacked = stack_of(self.layers)
+        slices = [make(jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(self.cfg.num_layers)]
+        del twin.layers
+        twin.layers = nnx.List(slices)
+        return twin
+
+    def _tables(self, pos_3):
+        c = self.cfg
+        return rope.mrope_cos_sin(pos_3, c.head_dim, c.rope_theta, c.mrope_section, self.runtime.dtype)
+
+    def _run(self, x, pos_3, attend, per_layer):
+        """Runs all layers; attend(q, k, v, per_layer[l]); -> normed activations, keys, values (stacked over layers)."""
+        cos, sin = self._tables(pos_3)
+        if isinstance(self.layers, nnx.List):
+            kvs = []
+            for i, layer in enumerate(self.layers):
+                mine = jax.tree.map(lambda a, i=i: a[i], per_layer)
+                x, kv = layer(x, cos, sin, lambda q, k, v, mine=mine: attend(q, k, v, mine))
+                kvs.append(kv)
+            k, v = (jnp.stack(part) for part in zip(*kvs, strict=True))
+            return self.norm(x), k, v
+        make, stacked = stack_of(self.layers)
+
+        def body(x, inputs):
+            weights, mine = inputs
+            return make(weights)(x, cos, sin, lambda q, k, v: attend(q, k, v, mine))
+
+        x, (k, v) = jax.lax.scan(maybe_remat(body, self.runtime), x, (stacked, per_layer))
+        return self.norm(x), k, v
+
+    def prefill(self, x_bld, pos_3bl, mask_bl) -> tuple[jax.Array, KV]:
+        def attend(q, k, v, _):
+            return attention.causal(q, k, v, mask_bl, self.runtime.attention)
+
+        x, k, v = self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())
+        return x, KV(k, v)
+
+    def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
+        def attend(q, k, v, mine):
+            return attention.prefix_causal(q, k, v, mask_bgr, mine.k, mine.v, prefix_mask_bp)
+
+        return self._run(x_bgrd.astype(self.runtime.dtype), pos_3bgr, attend, prefix)[0]
+
+    def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
+        def attend(q, k, v, mine):
+            pre, old = mine
+            return attention.prefix_step(q, k, v, old.k, old.v, index, pre.k, pre.v, prefix_mask_bp)
+
+        x, k, v = self._run(x_bgd.astype(self.runtime.dtype), pos_3bg, attend, (prefix, past))
+        return x, cache.write(past, k, v, index)

@@ -1,0 +1,323 @@
+"""Qwen2.5-VL: configuration, parameters and the bound model.
+
+Parameters are plain nested dicts of arrays (`text/layers/attn/q/kernel`, layers stacked on axis 0). Inside a jitted
+function, `bind(cfg, params)` turns them into a `Qwen25VL` whose methods are ordinary pure computations. Teacher,
+reference and policy are this one function over different dicts.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from marc_jax import sharding
+from marc_jax.models import cache
+from marc_jax.models.cache import KV
+from marc_jax.models.decoder import Decoder, TextConfig
+from marc_jax.models.layers import Runtime, Weight
+from marc_jax.models.vision import VisionConfig, VisionTower
+
+__all__ = ["KV", "Config", "ConfigError", "Qwen25VL", "TextConfig", "VisionConfig", "abstract", "bind"]
+__all__ += ["config_from_hf", "describe", "init", "qwen25_vl", "tiny"]
+
+SIZES = {
+    "3b": {"text": (151936, 2048, 36, 16, 2, 11008, True), "vision": 3420},
+    "7b": {"text": (152064, 3584, 28, 28, 4, 18944, False), "vision": 3420},
+    "32b": {"text": (152064, 5120, 64, 40, 8, 27648, False), "vision": 3456},
+    "72b": {"text": (152064, 8192, 80, 64, 8, 29568, False), "vision": 3456},
+}
+
+
+class ConfigError(ValueError):
+    """A config.json that is not a Qwen2.5-VL; the message names the file and the field."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole model; hashable, so it can be a static argument. Token ids are the tokenizer's."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    pad_token_id: int = 151643
+    eos_token_ids: tuple[int, ...] = (151645, 151643)
+    tokens_per_second: float = 2.0
+
+    def __post_init__(self):
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ValueError(
+                f"vision out_hidden_size {self.vision.out_hidden_size} != text hidden_size {self.text.hidden_size}"
+            )
+
+
+def qwen25_vl(size: str) -> Config:
+    """The published model of this size: "3b", "7b", "32b" or "72b"."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}: one of {sorted(SIZES)}")
+    vocab, width, layers, heads, kv, mlp, tied = SIZES[size]["text"]
+    text = TextConfig(vocab, width, layers, heads, kv, 128, mlp, tie_word_embeddings=tied)
+    return Config(text, VisionConfig(32, 1280, 16, SIZES[size]["vision"], width))
+
+
+def tiny(
+    *,
+    vocab_size: int = 320,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    intermediate_size: int | None = None,
+    tie_word_embeddings: bool = True,
+    vision_depth: int = 2,
+    vision_hidden_size: int = 32,
+    vision_num_heads: int = 2,
+    vision_intermediate_size: int | None = None,
+    patch_size: int = 14,
+    window_size: int = 112,
+    fullatt_block_indexes: tuple[int, ...] | None = None,
+    mrope_section: tuple[int, ...] | None = None,
+    **ids: Any,
+) -> Config:
+    """The same architecture with any sizes; `ids` are the remaining fields of `Config` (token ids).
+
+    Defaults: widths of the MLPs 2x (rounded), every second vision block full, M-RoPE sections in the published
+    proportion 2:3:3.
+    """
+    half = hidden_size // num_heads // 2
+    rest = (half * 3 + 4) // 8
+    text = TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        intermediate_size=intermediate_size or 2 * hidden_size,
+        mrope_section=tuple(mrope_section or (half - 2 * rest, rest, rest)),
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    vision = VisionConfig(
+        depth=vision_depth,
+        hidden_size=vision_hidden_size,
+        num_heads=vision_num_heads,
+        intermediate_size=vision_intermediate_size or 2 * vision_hidden_size,
+        out_hidden_size=hidden_size,
+        patch_size=patch_size,
+        window_size=window_size,
+        fullatt_block_indexes=(
+            tuple(range(1, vision_depth, 2)) if fullatt_block_indexes is None else tuple(fullatt_block_indexes)
+        ),
+    )
+    defaults = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    defaults |= {"pad_token_id": 0, "eos_token_ids": (2, 0)}
+    return Config(text, vision, **(defaults | ids))
+
+
+def _eos(raw: dict, text: dict, folder: pathlib.Path | None) -> tuple[int, ...]:
+    """The set of stop ids: generation_config.json's when there is one, else config.json's plus the pad id."""
+    ids = raw.get("eos_token_id", text.get("eos_token_id"))
+    if folder is not None and (folder / "generation_config.json").exists():
+        ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id", ids)
+    ids = [151645, 151643] if ids is None else ids
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def config_from_hf(source: dict | str | pathlib.Path) -> Config:
+    """Reads a published config.json (flat), a newer one (nested text_config, either rope spelling), or a dict.
+
+    Args:
+      source: the dict, the file, or the folder that holds it.
+    Raises:
+      ConfigError: another architecture, or a field that is missing, naming file and field.
+    """
+    name, raw, folder = "config", source, None
+    if not isinstance(source, dict):
+        path = pathlib.Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        name, folder = str(path), path.parent
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"{path}: not a readable config.json ({e})") from None
+    kind = raw.get("model_type")
+    if kind != "qwen2_5_vl":
+        raise ConfigError(f"{name}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    text, vis = raw.get("text_config") or raw, raw.get("vision_config") or {}
+    rope_cfg = text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+    def get(section: dict, where: str, *keys: str):
+        for key in keys:
+            if section.get(key) is not None:
+                return section[key]
+        raise ConfigError(f"{name}: {where}{' or '.join(keys)} is missing")
+
+    def top(key: str, default):
+        return raw[key] if raw.get(key) is not None else default
+
+    try:
+        hidden, heads = get(text, "", "hidden_size"), get(text, "", "num_attention_heads")
+        text_cfg = TextConfig(
+            vocab_size=get(text, "", "vocab_size"),
+            hidden_size=hidden,
+            num_layers=get(text, "", "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=get(text, "", "num_key_value_heads"),
+            head_dim=text.get("head_dim") or hidden // heads,
+            intermediate_size=get(text, "", "intermediate_size"),
+            rope_theta=float(get(rope_cfg | {"rope_theta": rope_cfg.get("rope_theta") or text.get("rope_theta")},
+                                 "", "rope_theta")),
+            mrope_section=tuple(get(rope_cfg, "rope_scaling.", "mrope_section")),
+            rms_norm_eps=get(text, "", "rms_norm_eps"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        )
+        where = "vision_config."
+        vision_cfg = VisionConfig(
+            depth=get(vis, where, "depth"),
+            hidden_size=get(vis, where, "hidden_size"),
+            num_heads=get(vis, where, "num_heads"),
+            intermediate_size=get(vis, where, "intermediate_size"),
+            out_hidden_size=get(vis, where, "out_hidden_size"),
+            patch_size=get(vis, where, "patch_size"),
+            temporal_patch_size=get(vis, where, "temporal_patch_size"),
+            spatial_merge_size=get(vis, where, "spatial_merge_size"),
+            window_size=get(vis, where, "window_size"),
+            fullatt_block_indexes=tuple(get(vis, where, "fullatt_block_indexes")),
+            in_channels=get(vis, where, "in_chans", "in_channels"),
+        )
+        return Config(
+            text_cfg,
+            vision_cfg,
+            image_token_id=top("image_token_id", 151655),
+            video_token_id=top("video_token_id", 151656),
+            vision_start_token_id=top("vision_start_token_id", 151652),
+            vision_end_token_id=top("vision_end_token_id", 151653),
+            pad_token_id=top("pad_token_id", text.get("pad_token_id") or top("bos_token_id", 151643)),
+            eos_token_ids=_eos(raw, text, folder),
+            tokens_per_second=float(get(vis, where, "tokens_per_second")),
+        )
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{name}: {e}") from None
+
+
+class Qwen25VL(nnx.Module):
+    """The model; made by `bind`. Axis letters as in `marc_jax.rl.types`."""
+
+    def __init__(self, cfg: Config, runtime: Runtime):
+        self.visual = VisionTower(cfg.vision, runtime)
+        self.text = Decoder(cfg.text, runtime)
+        self.cfg, self.runtime = cfg, runtime
+
+    def vision_features(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> jax.Array:
+        """Last block's output [S, n, V] of S temporal patches; grid (h, w) in patches, static; merge-block-major."""
+        return self.visual.features(patches_snc, grid_hw)
+
+    def merge_features(self, features_snv: jax.Array) -> jax.Array:
+        """Visual tokens [S, p = n / 4, D] of `vision_features`."""
+        return self.visual.merge(features_snv)
+
+    def vision(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> jax.Array:
+        """Visual tokens [S, p, D] of patches [S, n, C]."""
+        return self.visual.merge(self.visual.features(patches_snc, grid_hw))
+
+    def embed(self, tokens_bl: jax.Array, vis_bnd=None, vis_index_bl=None) -> jax.Array:
+        """Input rows [..., D]: the token's embedding, or row `vis_index` of the prompt's visual tokens where >= 0."""
+        x = jnp.take(self.text.embed.embedding[...], tokens_bl, axis=0).astype(self.runtime.dtype)
+        if vis_bnd is None:
+            return x
+        rows = jnp.take_along_axis(vis_bnd.astype(x.dtype), jnp.maximum(vis_index_bl, 0)[..., None], axis=1)
+        return jnp.where((vis_index_bl >= 0)[..., None], rows, x)
+
+    def prefill(self, x_bld, pos_3bl, mask_bl) -> tuple[jax.Array, KV]:
+        """Normed hidden states [B, L, D] and the cache [layers, B, L, kv, hd] of right-padded prompts."""
+        return self.text.prefill(x_bld, pos_3bl, mask_bl)
+
+    def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
+        """Teacher-forced suffixes: each (b, g) sees its prompt's prefix and its own causal past. -> [B, G, R, D]."""
+        return self.text.extend(x_bgrd, pos_3bgr, mask_bgr, prefix, prefix_mask_bp)
+
+    def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, cache: KV) -> tuple[jax.Array, KV]:
+        """One token per (b, g): attends to the prefix and to slots <= index, writes slot `index`. -> [B, G, D]."""
+        return self.text.decode_step(x_bgd, pos_3bg, index, prefix, prefix_mask_bp, cache)
+
+    def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
+        """A suffix cache of R slots for B x G completions (activation dtype by default)."""
+        t = self.cfg.text
+        return cache.empty(t.num_layers, b, g, r, t.num_kv_heads, t.head_dim, dtype or self.runtime.dtype)
+
+    def unrolled(self) -> "Qwen25VL":
+        """The same model with unrolled decoder layers: make it before a decoding loop on a GPU."""
+        twin = nnx.merge(*nnx.split(self))
+        twin.text = self.text.unrolled()
+        return twin
+
+    def head(self) -> jax.Array:
+        """The output matrix [D, vocab]; the embedding transposed when tied."""
+        return self.text.embed.embedding[...].T if self.text.head is None else self.text.head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., vocab] of normed hidden states [..., D]."""
+        return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def _skeleton(cfg: Config, runtime: Runtime) -> tuple[Any, Any]:
+    """(graphdef, nested dict of Weight) of a model: no arrays, made once per configuration."""
+    graphdef, state = nnx.split(Qwen25VL(cfg, runtime))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _rename(tree: dict, old: str, new: str) -> dict:
+    return {new if key == old else key: value for key, value in tree.items()}
+
+
+def describe(cfg: Config) -> dict:
+    """Nested dict of `Weight`: shape, logical axes and init of every parameter."""
+    return _rename(_skeleton(cfg, Runtime())[1], "visual", "vision")
+
+
+def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto", remat: bool = False) -> Qwen25VL:
+    """The model over these parameters; cheap, made for use inside jit.
+
+    Args:
+      params: nested dict as `init` returns it; cast to `dtype` where used.
+      dtype: activation dtype.
+      attention: "auto", "xla" or "cudnn".
+      remat: recompute each layer in the backward pass.
+    """
+    graphdef, _ = _skeleton(cfg, Runtime(jnp.dtype(dtype), attention, remat))
+    return nnx.merge(graphdef, _rename(params, "vision", "visual"))
+
+
+def init(cfg: Config, key: jax.Array, dtype=jnp.float32, mesh=None) -> dict:
+    """Random parameters; with a mesh each leaf is created on its own shards.
+
+    A leaf's key depends on its path only, so its value does not depend on the other leaves.
+    """
+    weights = describe(cfg)
+
+    def sample(path, weight: Weight):
+        return weight.sample(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())), dtype)
+
+    make = functools.partial(jax.tree_util.tree_map_with_path, sample, weights)
+    out = None if mesh is None else sharding.shardings(weights, mesh)
+    return jax.jit(make, out_shardings=out)()
+
+
+def abstract(cfg: Config, dtype=jnp.float32, mesh=None) -> dict:
+    """ShapeDtypeStructs of the parameters, with shardings when a mesh is given: the target of restore and loading."""
+    weights = describe(cfg)
+    if mesh is None:
+        return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), weights)
+    placed = sharding.shardings(weights, mesh)
+    return jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s), weights, placed)

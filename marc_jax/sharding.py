@@ -1,0 +1,127 @@
+"""The mesh and the one table that says where arrays live.
+
+Parameters name their dimensions by logical axes; `RULES` maps a logical axis to a mesh axis. A dimension that does not
+divide over its mesh axis stays whole on it, and that is said in the log (`fallbacks` lists them).
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # prompts, temporal patches
+    "layers": None,  # the axis that lax.scan walks
+    "embed": "fsdp",  # model width of a weight
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+_log = logging.getLogger(__name__)
+_said: set = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fallback:
+    """A dimension that could not be split: `pieces` indivisible units of `axis` over `ways` devices of `mesh_axis`."""
+
+    path: str
+    axis: str
+    pieces: int
+    mesh_axis: str
+    ways: int
+
+    def __str__(self):
+        return f"{self.path}: {self.axis} ({self.pieces}) does not divide over {self.mesh_axis}={self.ways}; kept whole"
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh (data, fsdp, tensor); one of the three may be -1 and takes the devices left over.
+
+    Raises:
+      ValueError: when the product is not the number of devices.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    shape = [data, fsdp, tensor]
+    if shape.count(-1) > 1:
+        raise ValueError(f"mesh {tuple(shape)}: only one axis may be -1")
+    if -1 in shape:
+        known = -int(np.prod(shape))
+        shape[shape.index(-1)] = devices.size // known if known and devices.size % known == 0 else 0
+    if min(shape) < 1 or int(np.prod(shape)) != devices.size:
+        asked = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+        raise ValueError(f"mesh {asked} does not fit {devices.size} devices")
+    return Mesh(devices.reshape(shape), AXES)
+
+
+def spec(axes, mesh: Mesh, shape=None, units=(), path: str = "", fallbacks: list | None = None) -> P:
+    """PartitionSpec of an array whose dimensions have these logical axes.
+
+    Args:
+      shape: the array's shape; None skips the divisibility check.
+      units: indivisible pieces per dimension (0 = its size), e.g. the heads of a heads x head_dim dimension.
+      fallbacks: a list that receives what was kept whole.
+    Raises:
+      ValueError: an unknown logical axis, or two dimensions on one mesh axis.
+    """
+    out, used = [], {}
+    for i, axis in enumerate(axes):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{path or 'array'}: unknown logical axis {axis!r}; known: {sorted(RULES)}")
+        target = RULES[axis] if axis is not None else None
+        names = (target,) if isinstance(target, str) else (target or ())
+        for name in names:
+            if name in used:
+                raise ValueError(f"{path or 'array'}: {used[name]!r} and {axis!r} both map to mesh axis {name!r}")
+            used[name] = axis
+        ways = int(np.prod([mesh.shape[name] for name in names])) if names else 1
+        pieces = 0 if shape is None else (units[i] if units and units[i] else shape[i])
+        if pieces % ways:
+            fall = Fallback(path, axis, pieces, "*".join(names), ways)
+            if fallbacks is not None:
+                fallbacks.append(fall)
+            names = ()
+        out.append(None if not names else names[0] if len(names) == 1 else tuple(names))
+    return P(*out)
+
+
+def shardings(weights: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a pytree of leaves with .shape, .axes and .units; what stays whole is logged once."""
+    falls: list[Fallback] = []
+
+    def one(path, w):
+        name = "/".join(str(getattr(k, "key", k)) for k in path)
+        return NamedSharding(mesh, spec(w.axes, mesh, w.shape, w.units, name, falls))
+
+    out = jax.tree_util.tree_map_with_path(one, weights)
+    for fall in falls:
+        if fall not in _said:
+            _said.add(fall)
+            _log.warning("%s", fall)
+    return out
+
+
+def fallbacks(weights: Any, mesh: Mesh) -> list[Fallback]:
+    """What `shardings` would keep whole on this mesh."""
+    falls: list[Fallback] = []
+    for path, w in jax.tree_util.tree_leaves_with_path(weights):
+        spec(w.axes, mesh, w.shape, w.units, "/".join(str(getattr(k, "key", k)) for k in path), falls)
+    return falls
+
+
+def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of an array whose dimension `axis` is the batch: split over data and fsdp, whole on tensor."""
+    return NamedSharding(mesh, P(*(None,) * axis, RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, P())
