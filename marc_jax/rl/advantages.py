@@ -103,3 +103,12 @@ def alpha_effect(rewards_bg: jax.Array, bonus_bg: jax.Array, config: AdvantageCo
     without_bg = advantages(rewards_bg, config, valid_bg)
     count = rewards_bg.size if valid_bg is None else valid_bg.sum()
     return jnp.abs(with_bg - without_bg).sum(), jnp.asarray(count)
+
+
+def group_advantages(rewards_bg: jax.Array, bonus_bg: jax.Array, config: AdvantageConfig = AdvantageConfig(),
+                     valid_bg=None) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Advantages of rewards plus retention bonus, and the metrics of a whole step (call it before micro-batching)."""
+    total_bg = rewards_bg + bonus_bg
+    metrics = reward_metrics(total_bg, valid_bg)
+    metrics["retention/advantage_change"] = alpha_effect(rewards_bg, bonus_bg, config, valid_bg)
+    return advantages(total_bg, config, valid_bg), metrics

@@ -5,12 +5,21 @@ backward pass computes them again (jax.checkpoint). Leading axes stay whole, so 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 CHUNK_BYTES = 256 * 2**20  # float32 logits alive at once when the caller does not choose a chunk
 DIVERGENCES = ("reverse", "forward", "jsd")
+
+
+class TokenStats(NamedTuple):
+    """About each target token, float32 [..., R]: log-probability; entropy of its distribution; 1 if it is the mode."""
+
+    logp: jax.Array
+    entropy: jax.Array
+    hit: jax.Array
 
 
 def logits(hidden: jax.Array, head_dv: jax.Array, temperature: float | jax.Array = 1.0,
@@ -31,8 +40,8 @@ def entropy(logp_v: jax.Array) -> jax.Array:
 
 def chunked_logprob(hidden: jax.Array, head_dv: jax.Array, targets: jax.Array, chunk: int | None = None, *,
                     temperature: float | jax.Array = 1.0, banned_ids: tuple[int, ...] = (),
-                    ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of each distribution.
+                    ) -> TokenStats:
+    """Log-probability of each target, entropy of each distribution, and whether the target was the likeliest token.
 
     Args:
       hidden: [..., R, D]; the hidden state that predicts the target of the same index.
@@ -43,13 +52,15 @@ def chunked_logprob(hidden: jax.Array, head_dv: jax.Array, targets: jax.Array, c
       banned_ids: tokens masked out of the distribution, as the sampler does.
 
     Returns:
-      float32 (logp [..., R], entropy [..., R]); the entropy carries no gradient.
+      TokenStats; only the log-probability carries a gradient.
     """
 
     def one(head_dv, hidden, targets):
         logp_v = jax.nn.log_softmax(logits(hidden, head_dv, temperature, banned_ids))
         logp = jnp.take_along_axis(logp_v, targets[..., None], axis=-1)[..., 0]
-        return logp, entropy(jax.lax.stop_gradient(logp_v))
+        fixed_v = jax.lax.stop_gradient(logp_v)
+        hit = (fixed_v.argmax(axis=-1) == targets).astype(jnp.float32)
+        return TokenStats(logp, entropy(fixed_v), hit)
 
     return _over_chunks(one, head_dv, (hidden, targets), targets.shape, head_dv.shape[-1], chunk)
 

@@ -198,16 +198,16 @@ def hidden_for(model, prefix: Prefix, tokens_bgr: jax.Array, mask_bgr: jax.Array
 
 
 def score_prefix(model, prefix: Prefix, completions: Completions, *, temperature: float = 1.0,
-                 banned_ids: tuple[int, ...] = (), chunk: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """(log-probabilities, entropies), both float32 [B, G, R], of completions over prefilled prompts; 0 where masked."""
+                 banned_ids: tuple[int, ...] = (), chunk: int | None = None) -> logprob.TokenStats:
+    """TokenStats [B, G, R] (log-probability, entropy, hit) of completions over prefilled prompts; 0 where masked."""
     hidden = hidden_for(model, prefix, completions.tokens_bgr, completions.mask_bgr)
     # Padding may be a banned token: give it any other target, so that no -inf enters the backward pass.
     allowed = next(i for i in range(len(banned_ids) + 1) if i not in banned_ids)
     targets = jnp.where(completions.mask_bgr, completions.tokens_bgr, allowed)
-    both = logprob.chunked_logprob(
+    stats = logprob.chunked_logprob(
         hidden, model.head(), targets, chunk, temperature=temperature or 1.0, banned_ids=tuple(banned_ids)
     )
-    return tuple(jnp.where(completions.mask_bgr, x, 0.0) for x in both)
+    return logprob.TokenStats(*(jnp.where(completions.mask_bgr, x, 0.0) for x in stats))
 
 
 def score(model, vis_bnd: jax.Array | None, prompt: PromptBatch, completions: Completions, *, temperature: float = 1.0,
@@ -221,4 +221,4 @@ def score(model, vis_bnd: jax.Array | None, prompt: PromptBatch, completions: Co
       chunk: positions per chunk of logits; None chooses by size.
     """
     prefix = prefill(model, vis_bnd, prompt)
-    return score_prefix(model, prefix, completions, temperature=temperature, banned_ids=banned_ids, chunk=chunk)[0]
+    return score_prefix(model, prefix, completions, temperature=temperature, banned_ids=banned_ids, chunk=chunk).logp

@@ -31,10 +31,11 @@ def softmax(z):
 def test_logprob_and_entropy_for_any_chunk(arrays, chunk):
     p = softmax(arrays["hidden"] @ arrays["head"] / 0.7)
     want = np.log(np.take_along_axis(p, arrays["targets"][..., None], -1)[..., 0])
-    got, spread = logprob.chunked_logprob(jnp.asarray(arrays["hidden"], jnp.float32), jnp.asarray(arrays["head"]),
+    got, spread, hit = logprob.chunked_logprob(jnp.asarray(arrays["hidden"], jnp.float32), jnp.asarray(arrays["head"]),
                                           jnp.asarray(arrays["targets"]), chunk, temperature=0.7)
     np.testing.assert_allclose(got, want, atol=2e-5)
     np.testing.assert_allclose(spread, -(p * np.log(p)).sum(-1), atol=2e-5)
+    np.testing.assert_array_equal(hit, p.argmax(-1) == arrays["targets"])
 
 
 @pytest.mark.parametrize("chunk", [2, 3])
@@ -56,7 +57,7 @@ def test_banned_tokens_have_no_probability(arrays):
     z = arrays["hidden"] @ arrays["head"]
     z[..., list(banned)] = -np.inf
     targets = np.where(np.isin(arrays["targets"], banned), 1, arrays["targets"])
-    got, spread = logprob.chunked_logprob(hidden, head, jnp.asarray(targets), banned_ids=banned)
+    got, spread, _ = logprob.chunked_logprob(hidden, head, jnp.asarray(targets), banned_ids=banned)
     np.testing.assert_allclose(got, np.log(np.take_along_axis(softmax(z), targets[..., None], -1)[..., 0]), atol=2e-5)
     assert np.isfinite(spread).all()
 
