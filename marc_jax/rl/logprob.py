@@ -1,0 +1,158 @@
+"""From hidden states to log-probabilities and divergences without ever holding [B, G, R, vocab] logits.
+
+Positions are cut into chunks along the last (time) axis; a chunk's logits live only while it is scanned, and the
+backward pass computes them again (jax.checkpoint). Leading axes stay whole, so their sharding does too.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_BYTES = 256 * 2**20  # float32 logits alive at once when the caller does not choose a chunk
+DIVERGENCES = ("reverse", "forward", "jsd")
+
+
+class TokenStats(NamedTuple):
+    """About each target token, float32 [..., R]: log-probability; entropy of its distribution; 1 if it is the mode."""
+
+    logp: jax.Array
+    entropy: jax.Array
+    hit: jax.Array
+
+
+def logits(hidden: jax.Array, head_dv: jax.Array, temperature: float | jax.Array = 1.0,
+           banned_ids: tuple[int, ...] = ()) -> jax.Array:
+    """Float32 [..., V] logits over temperature; banned tokens get -inf, so they have no probability at all."""
+    z = jnp.einsum("...d,dv->...v", hidden, head_dv.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    z = z / jnp.asarray(temperature, jnp.float32)
+    if banned_ids:
+        z = z.at[..., jnp.asarray(banned_ids)].set(-jnp.inf)
+    return z
+
+
+def entropy(logp_v: jax.Array) -> jax.Array:
+    """-sum p log p over the last axis; tokens without probability add nothing (and have no NaN gradient)."""
+    safe = jnp.where(jnp.isfinite(logp_v), logp_v, 0.0)
+    return -jnp.where(jnp.isfinite(logp_v), jnp.exp(safe) * safe, 0.0).sum(axis=-1)
+
+
+def chunked_logprob(hidden: jax.Array, head_dv: jax.Array, targets: jax.Array, chunk: int | None = None, *,
+                    temperature: float | jax.Array = 1.0, banned_ids: tuple[int, ...] = (),
+                    ) -> TokenStats:
+    """Log-probability of each target, entropy of each distribution, and whether the target was the likeliest token.
+
+    Args:
+      hidden: [..., R, D]; the hidden state that predicts the target of the same index.
+      head_dv: [D, V] output matrix.
+      targets: int32 [..., R].
+      chunk: positions of R per chunk; None chooses by CHUNK_BYTES.
+      temperature: logits are divided by it.
+      banned_ids: tokens masked out of the distribution, as the sampler does.
+
+    Returns:
+      TokenStats; only the log-probability carries a gradient.
+    """
+
+    def one(head_dv, hidden, targets):
+        logp_v = jax.nn.log_softmax(logits(hidden, head_dv, temperature, banned_ids))
+        logp = jnp.take_along_axis(logp_v, targets[..., None], axis=-1)[..., 0]
+        fixed_v = jax.lax.stop_gradient(logp_v)
+        hit = (fixed_v.argmax(axis=-1) == targets).astype(jnp.float32)
+        return TokenStats(logp, entropy(fixed_v), hit)
+
+    return _over_chunks(one, head_dv, (hidden, targets), targets.shape, head_dv.shape[-1], chunk)
+
+
+def divergence(student_v: jax.Array, teacher_v: jax.Array, kind: str = "reverse", mix: float = 0.5) -> jax.Array:
+    """A divergence between log-probabilities over the last axis.
+
+    Args:
+      student_v, teacher_v: log-probabilities [..., V] (-inf allowed at the same places).
+      kind: "reverse" = KL(student || teacher), "forward" = KL(teacher || student), "jsd" = generalised
+        Jensen-Shannon: mix * KL(teacher || m) + (1 - mix) * KL(student || m), m = mix * teacher + (1 - mix) * student.
+      mix: the weight of "jsd".
+    """
+    if kind == "reverse":
+        return _kl(student_v, teacher_v)
+    if kind == "forward":
+        return _kl(teacher_v, student_v)
+    if kind != "jsd":
+        raise ValueError(f"divergence {kind!r}: choose one of {', '.join(DIVERGENCES)}")
+    both = jnp.logaddexp(_finite(teacher_v) + jnp.log(mix), _finite(student_v) + jnp.log1p(-mix))
+    return mix * _kl(teacher_v, both) + (1.0 - mix) * _kl(student_v, both)
+
+
+def _finite(logp_v):
+    return jnp.maximum(logp_v, -1e4)  # exp(-1e4) is 0, and no gradient meets inf - inf
+
+
+def _kl(p_v, q_v):
+    return (jnp.exp(_finite(p_v)) * (_finite(p_v) - _finite(q_v))).sum(axis=-1)
+
+
+def top_k_and_tail(logp_v: jax.Array, ids_k: jax.Array) -> jax.Array:
+    """[..., K + 1]: log-probabilities of the tokens `ids_k` and of all other tokens together.
+
+    Collapsing both distributions the same way gives a lower bound on their divergence that needs K + 1 numbers.
+    """
+    top_k = jnp.take_along_axis(logp_v, ids_k, axis=-1)
+    rest = jnp.log(jnp.maximum(1.0 - jnp.exp(_finite(top_k)).sum(axis=-1, keepdims=True), 1e-7))
+    return jnp.concatenate([top_k, rest], axis=-1)
+
+
+def chunked_divergence(student: jax.Array, student_head_dv: jax.Array, teacher: jax.Array, teacher_head_dv: jax.Array,
+                       chunk: int | None = None, *, kind: str = "reverse", mix: float = 0.5, top_k: int = 0,
+                       temperature: float | jax.Array = 1.0, banned_ids: tuple[int, ...] = (),
+                       ) -> tuple[jax.Array, jax.Array]:
+    """Per-token divergence of the student's next-token distribution from the teacher's, over the full vocabulary.
+
+    Args:
+      student, teacher: hidden states [..., R, D] of the same completions (D may differ).
+      student_head_dv, teacher_head_dv: their output matrices [D, V]. No gradient flows into the teacher.
+      chunk: positions of R per chunk; None chooses by CHUNK_BYTES.
+      kind, mix: see `divergence`.
+      top_k: compare only the K likeliest tokens (of the student for "reverse", else of the teacher) and the rest as
+        one; 0 is the full vocabulary.
+      temperature, banned_ids: applied to both.
+
+    Returns:
+      float32 (divergence [..., R], student's entropy [..., R], without gradient).
+    """
+
+    def one(heads, student, teacher):
+        student_v = jax.nn.log_softmax(logits(student, heads[0], temperature, banned_ids))
+        teacher_v = jax.lax.stop_gradient(jax.nn.log_softmax(logits(teacher, heads[1], temperature, banned_ids)))
+        spread = entropy(jax.lax.stop_gradient(student_v))
+        if top_k:
+            chooser = jax.lax.stop_gradient(student_v if kind == "reverse" else teacher_v)
+            ids_k = jax.lax.top_k(chooser, top_k)[1]
+            student_v, teacher_v = top_k_and_tail(student_v, ids_k), top_k_and_tail(teacher_v, ids_k)
+        return divergence(student_v, teacher_v, kind, mix), spread
+
+    heads = (student_head_dv, jax.lax.stop_gradient(teacher_head_dv))
+    teacher = jax.lax.stop_gradient(teacher)
+    return _over_chunks(one, heads, (student, teacher), student.shape[:-1], student_head_dv.shape[-1], chunk)
+
+
+def _over_chunks(one: Callable, heads, arrays: tuple, shape: tuple[int, ...], vocab: int, chunk: int | None):
+    """Maps `one(heads, *arrays)` over chunks of axis len(shape) - 1, with remat; a single chunk needs no loop."""
+    axis, length = len(shape) - 1, shape[-1]
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    chunk = chunk or max(1, CHUNK_BYTES // (4 * vocab * max(1, rows)))
+    body = jax.checkpoint(one)
+    if chunk >= length:
+        return body(heads, *arrays)
+    blocks = -(-length // chunk)
+
+    def split(x):  # [..., R, *] -> [blocks, ..., chunk, *]
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, blocks * chunk - length)
+        x = jnp.pad(x, widths).reshape(*x.shape[:axis], blocks, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    out = jax.lax.map(lambda block: body(heads, *block), tuple(split(x) for x in arrays))
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, axis).reshape(*shape[:-1], -1)[..., :length], out)

@@ -1,0 +1,308 @@
+"""Training steps as pure functions (state, batch, ...) -> (state, metrics): SFT, C-GRPO, on-policy distillation.
+
+Each `make_*_step` closes over what is static (model configuration, how visual tokens are made, optimizer, numerics);
+jit the result. What a model looks at is opaque here: `encode(model, visual) -> vis_bnd` turns it into visual tokens,
+flattening all patches for a teacher, selecting and compressing for a student. Every prompt is prefilled once and
+shared by its completions, and gradients flow through that prefix into the visual tokens.
+
+Losses are (sum, count) over the whole batch: with `micro_batches` = n the batch is cut into n parts along B, sums of
+gradients are accumulated by a scan, and one division at the end makes the result independent of n.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from marc_jax import optim
+from marc_jax.models import qwen25_vl
+from marc_jax.rl import logprob, loss, rollout
+from marc_jax.rl.loss import LossConfig, Metric
+from marc_jax.rl.rollout import Sampling
+from marc_jax.rl.types import Completions, PromptBatch
+from marc_jax.state import TrainState
+
+Encode = Callable[[Any, Any], jax.Array | None]
+Metrics = dict[str, Metric | jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SFTBatch:
+    """Prompts with one target each; `visual` is what `encode` takes, every leaf with B as its leading axis.
+
+    Attributes:
+      tokens_br: int32 [B, R]; the target, its stop token included.
+      mask_br: bool [B, R]; only these tokens are trained on. A row without any is ignored.
+    """
+
+    prompt: PromptBatch
+    visual: Any
+    tokens_br: jax.Array
+    mask_br: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GRPOBatch:
+    """Sampled groups with their advantages (of `advantages.group_advantages`).
+
+    Attributes:
+      completions: what the policy sampled; its log-probabilities are the old ones when mu > 1.
+      advantages_bg: [B, G], or [B, G, R] for per-token credit.
+      ref_logp_bgr: of the reference model; None when the loss has no KL term or the step gets `reference` parameters.
+    """
+
+    prompt: PromptBatch
+    visual: Any
+    completions: Completions
+    advantages_bg: jax.Array
+    ref_logp_bgr: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DistillBatch:
+    """Completions the student sampled from its own view, and the teacher's view of the same video."""
+
+    prompt: PromptBatch
+    visual: Any
+    teacher_prompt: PromptBatch
+    teacher_visual: Any
+    completions: Completions
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """What the student minimises along its own tokens.
+
+    Attributes:
+      kind: "reverse" KL(student || teacher), "forward", "jsd" (all over the vocabulary), or "sampled": the score
+        function of the reverse KL from the sampled tokens' log-probabilities alone.
+      mix: the weight of "jsd".
+      top_k: full vocabulary (0), or the K likeliest tokens and the rest as one.
+    """
+
+    kind: str = "reverse"
+    mix: float = 0.5
+    top_k: int = 0
+
+    def __post_init__(self):
+        known = (*logprob.DIVERGENCES, "sampled")
+        if self.kind not in known:
+            raise ValueError(f"distill.kind = {self.kind!r}: choose one of {', '.join(known)}")
+        if not 0.0 < self.mix < 1.0:
+            raise ValueError(f"distill.mix = {self.mix}: must lie between 0 and 1")
+
+
+def make_sampler(cfg, encode: Encode, how: Sampling, **bind) -> Callable:
+    """(params, prompt, visual, keys_bg) -> Completions. `params` nested; `bind`: dtype, attention, as models.bind."""
+
+    def run(params: dict, prompt: PromptBatch, visual: Any, keys_bg: jax.Array) -> Completions:
+        model = qwen25_vl.bind(cfg, params, **bind)
+        return rollout.decode(model, rollout.prefill(model, encode(model, visual), prompt), keys_bg, how)
+
+    return run
+
+
+def make_scorer(cfg, encode: Encode, how: Sampling, *, chunk: int | None = None, **bind) -> Callable:
+    """(params, prompt, visual, completions) -> float32 [B, G, R]: the log-probabilities under these parameters."""
+
+    def run(params: dict, prompt: PromptBatch, visual: Any, completions: Completions) -> jax.Array:
+        return _token_stats(qwen25_vl.bind(cfg, params, **bind), encode, prompt, visual, completions, how, chunk).logp
+
+    return run
+
+
+def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micro_batches: int = 1,
+                  chunk: int | None = None, **bind) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
+    """Maximum likelihood of the targets: mean over all target tokens of -log p(token).
+
+    Args:
+      cfg: the model's configuration.
+      encode: visual -> visual tokens.
+      tx: the optax chain.
+      micro_batches: parts the batch is cut into; must divide B.
+      chunk: positions of R whose logits exist at once; None chooses by size.
+      **bind: dtype, attention, remat of `models.bind`.
+
+    Returns:
+      step(state, batch) -> (state, metrics): loss, mean_token_accuracy, entropy, grad_norm.
+    """
+
+    def objective(params, batch: SFTBatch):
+        model = qwen25_vl.bind(cfg, params, **bind)
+        prefix = rollout.prefill(model, encode(model, batch.visual), batch.prompt)
+        target = Completions(batch.tokens_br[:, None], batch.mask_br[:, None], jnp.zeros(()))
+        stats = rollout.score_prefix(model, prefix, target, chunk=chunk)
+        tokens = batch.mask_br.sum()
+        metrics = {"mean_token_accuracy": (stats.hit.sum(), tokens), "entropy": (stats.entropy.sum(), tokens)}
+        return (-stats.logp.sum(), tokens), metrics
+
+    def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
+        return _update(state, tx, objective, batch, micro_batches)
+
+    return step
+
+
+def make_grpo_step(cfg, encode: Encode, tx: optax.GradientTransformation, how: Sampling,
+                   config: LossConfig, *, on_policy: bool = True, micro_batches: int = 1,
+                   chunk: int | None = None, **bind) -> Callable:
+    """One policy update on sampled groups.
+
+    Args:
+      cfg, encode, tx, micro_batches, chunk, **bind: as for `make_sft_step`.
+      how: the sampler's settings: log-probabilities are those of the distribution it drew from.
+      config: the loss.
+      on_policy: True for the first update after sampling (ratio exactly 1); False takes the sampler's
+        log-probabilities as the old ones (mu > 1, or samples of an older policy).
+
+    Returns:
+      step(state, batch, reference=None) -> (state, metrics); `reference`: nested parameters of the reference model,
+      scored inside the step when the batch brings no ref_logp_bgr.
+    """
+
+    def objective(params, batch: GRPOBatch, reference=None):
+        stats = _token_stats(
+            qwen25_vl.bind(cfg, params, **bind), encode, batch.prompt, batch.visual, batch.completions, how, chunk
+        )
+        ref_bgr = batch.ref_logp_bgr
+        if ref_bgr is None and reference is not None:
+            ref_bgr = jax.lax.stop_gradient(_token_stats(
+                qwen25_vl.bind(cfg, reference, **bind), encode, batch.prompt, batch.visual, batch.completions, how,
+                chunk,
+            ).logp)
+        old_bgr = None if on_policy else batch.completions.logp_bgr
+        pair, metrics = loss.policy_loss(
+            stats.logp, batch.advantages_bg, batch.completions.mask_bgr, config, old_bgr, ref_bgr
+        )
+        return pair, metrics | _completion_metrics(batch.completions, stats, how)
+
+    def step(state: TrainState, batch: GRPOBatch, reference: dict | None = None) -> tuple[TrainState, Metrics]:
+        return _update(state, tx, objective, batch, micro_batches, reference)
+
+    return step
+
+
+def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.GradientTransformation, how: Sampling,
+                      config: DistillConfig = DistillConfig(), *, micro_batches: int = 1, chunk: int | None = None,
+                      **bind) -> Callable:
+    """One on-policy distillation update: the teacher, with its full view, judges the student's own tokens.
+
+    Args:
+      cfg, encode, tx, how, micro_batches, chunk, **bind: as for `make_grpo_step`.
+      encode_teacher: the teacher's visual -> visual tokens.
+      config: the divergence.
+
+    Returns:
+      step(state, batch, teacher) -> (state, metrics); `teacher`: nested parameters, frozen. Loss = mean over the
+      completions' tokens of the divergence; no reward and no label is needed.
+    """
+
+    def objective(params, batch: DistillBatch, teacher):
+        done, mask_bgr = batch.completions, batch.completions.mask_bgr
+        student_model, teacher_model = (qwen25_vl.bind(cfg, p, **bind) for p in (params, teacher))
+        student = rollout.prefill(student_model, encode(student_model, batch.visual), batch.prompt)
+        full = rollout.prefill(teacher_model, encode_teacher(teacher_model, batch.teacher_visual), batch.teacher_prompt)
+        tokens = mask_bgr.sum()
+        stats = None
+        if config.kind == "sampled":
+            shape = {"temperature": how.score_temperature, "banned_ids": how.banned_ids, "chunk": chunk}
+            stats = rollout.score_prefix(student_model, student, done, **shape)
+            judged = rollout.score_prefix(teacher_model, full, done, **shape).logp
+            gap_bgr = jax.lax.stop_gradient(stats.logp - judged)
+            value, spread, kl = (gap_bgr * stats.logp).sum(), stats.entropy, gap_bgr.sum()
+        else:
+            hidden = (rollout.hidden_for(m, p, done.tokens_bgr, mask_bgr)
+                      for m, p in ((student_model, student), (teacher_model, full)))
+            student_h, teacher_h = hidden
+            kl_bgr, spread = logprob.chunked_divergence(
+                student_h, student_model.head(), teacher_h, teacher_model.head(), chunk, kind=config.kind,
+                mix=config.mix, top_k=config.top_k, temperature=how.score_temperature, banned_ids=how.banned_ids,
+            )
+            value = kl = jnp.where(mask_bgr, kl_bgr, 0.0).sum()
+            spread = jnp.where(mask_bgr, spread, 0.0)
+        metrics = {"kl": (kl, tokens), "entropy": (spread.sum(), tokens)}
+        return (value, tokens), jax.lax.stop_gradient(metrics) | _completion_metrics(done, stats, how)
+
+    def step(state: TrainState, batch: DistillBatch, teacher: dict) -> tuple[TrainState, Metrics]:
+        return _update(state, tx, objective, batch, micro_batches, jax.lax.stop_gradient(teacher))
+
+    return step
+
+
+def _token_stats(model, encode, prompt, visual, completions, how: Sampling, chunk) -> logprob.TokenStats:
+    prefix = rollout.prefill(model, encode(model, visual), prompt)
+    return rollout.score_prefix(
+        model, prefix, completions, temperature=how.score_temperature, banned_ids=how.banned_ids, chunk=chunk
+    )
+
+
+def _completion_metrics(completions: Completions, stats: logprob.TokenStats | None, how: Sampling) -> Metrics:
+    """Lengths, truncation, and (with stats) entropy and the gap between sampled and scored log-probabilities."""
+    mask_bgr = completions.mask_bgr
+    rows, tokens = mask_bgr.any(axis=-1).sum(), mask_bgr.sum()
+    stopped_bg = (jnp.isin(completions.tokens_bgr, jnp.asarray(how.stop_ids, jnp.int32)) & mask_bgr).any(axis=-1)
+    metrics = {
+        "completions/mean_length": (tokens, rows),
+        "completions/clipped_ratio": ((mask_bgr.any(axis=-1) & ~stopped_bg).sum(), rows),
+    }
+    if stats is not None:
+        gap_bgr = jnp.where(mask_bgr, jnp.abs(stats.logp - completions.logp_bgr), 0.0)
+        metrics |= {
+            "entropy": (stats.entropy.sum(), tokens),
+            "sampling/logp_diff": (gap_bgr.sum(), tokens),
+            "sampling/logp_diff_max": gap_bgr.max(),
+        }
+    return jax.lax.stop_gradient(metrics)
+
+
+def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others) -> tuple[TrainState, Metrics]:
+    """Gradient of the objective's sum over the batch, divided by its count, through the optimizer."""
+
+    def total(params, part):
+        (value, count), metrics = objective(optim.join(params, state.frozen), part, *others)
+        return value, {"loss": (value, count), **metrics}
+
+    grad_fn = jax.grad(total, has_aux=True)
+    if micro_batches == 1:
+        grads, metrics = grad_fn(state.params, batch)
+    else:
+        parts = split_batch(batch, micro_batches)
+
+        def add(carry, part):
+            grads, metrics = grad_fn(state.params, part)
+            return jax.tree.map(lambda sum_, g: sum_ + g.astype(jnp.float32), carry, grads), metrics
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.params)
+        grads, stacked = jax.lax.scan(add, zeros, parts)
+        metrics = {k: (v[0].sum(), v[1].sum()) if isinstance(v, tuple) else v.max() for k, v in stacked.items()}
+    count = jnp.maximum(metrics["loss"][1], 1)
+    grads = jax.tree.map(lambda g, x: (g / count).astype(x.dtype), grads, state.params)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    return state.apply(tx, grads), metrics
+
+
+def split_batch(batch, n: int):
+    """The batch with a new leading axis of n parts: B -> [n, B / n] on every leaf.
+
+    Raises:
+      ValueError: n does not divide B.
+    """
+
+    def cut(x, axis=0):
+        if x.shape[axis] % n:
+            raise ValueError(f"micro_batches = {n} does not divide the batch of {x.shape[axis]} prompts")
+        x = x.reshape(*x.shape[:axis], n, x.shape[axis] // n, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def node(x):
+        if isinstance(x, PromptBatch):  # its positions have B on axis 1
+            parts = {f.name: cut(getattr(x, f.name), axis=int(f.name == "pos_3bp")) for f in dataclasses.fields(x)}
+            return PromptBatch(**parts)
+        return cut(x)
+
+    return jax.tree.map(node, batch, is_leaf=lambda x: isinstance(x, PromptBatch))
