@@ -126,7 +126,7 @@ def tiny(
 
 
 def _eos(raw: dict, text: dict, folder: pathlib.Path | None) -> tuple[int, ...]:
-    """The set of stop ids: generation_config.json's when there is one, else config.json's plus the pad id."""
+    """The set of stop ids: generation_config.json's when there is one, else config.json's."""
     ids = raw.get("eos_token_id", text.get("eos_token_id"))
     if folder is not None and (folder / "generation_config.json").exists():
         ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id", ids)

@@ -244,7 +244,7 @@ def hf_config(cfg: Config, dtype: str = "float32") -> dict:
         "model_type": "qwen2_5_vl",
         "attention_dropout": 0.0,
         "bos_token_id": cfg.pad_token_id,
-        "eos_token_id": cfg.eos_token_ids[0],
+        "eos_token_id": cfg.eos_token_ids[0] if len(cfg.eos_token_ids) == 1 else list(cfg.eos_token_ids),
         "pad_token_id": cfg.pad_token_id,
         "image_token_id": cfg.image_token_id,
         "video_token_id": cfg.video_token_id,
