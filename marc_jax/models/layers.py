@@ -85,8 +85,12 @@ class Linear(nnx.Module):
         self.bias = _param(stack, shape[1:], axes[1:], "zeros", units[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # Rows flattened: the weight gradient is then one plain matmul, where XLA's CPU backend would first transpose
+        # (and recompute) the incoming gradient of a 3-D input.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
