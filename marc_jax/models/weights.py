@@ -74,16 +74,16 @@ def canonical(name: str) -> str | None:
     return name
 
 
-def _leaves(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     """Nested dict -> {"a/b/c": leaf}."""
     out = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        out |= _leaves(value, path + "/") if isinstance(value, Mapping) else {path: value}
+        out |= leaves(value, path + "/") if isinstance(value, Mapping) else {path: value}
     return out
 
 
-def _nest(flat: Mapping[str, Any]) -> dict:
+def nest(flat: Mapping[str, Any]) -> dict:
     out: dict = {}
     for path, leaf in flat.items():
         *folders, last = path.split("/")
@@ -110,11 +110,11 @@ def _to_ours(tensor: np.ndarray, how: str) -> np.ndarray:
 
 def _rows(cfg: Config) -> Iterator[tuple[str, str, int | None, str, tuple[int, ...]]]:
     """(published name, our path, layer or None, transform, published shape), in the published order of modules."""
-    leaves = _leaves(describe(cfg))
+    flat = leaves(describe(cfg))
     for theirs, ours, how in TABLE:
-        if ours not in leaves:
+        if ours not in flat:
             continue  # the head of a tied model
-        shape = leaves[ours].shape
+        shape = flat[ours].shape
         if "{i}" in theirs:
             one = _their_shape(cfg, how, shape[1:])
             yield from ((theirs.format(i=i), ours, i, how, one) for i in range(shape[0]))
@@ -166,7 +166,9 @@ def _listed(word: str, names: list[str], limit: int = 8) -> str:
     return f"{len(names)} tensors {word}: {', '.join(names[:limit])}{more}; "
 
 
-def assemble(cfg: Config, read: Callable[[str], np.ndarray], make: Callable[[str, tuple[int, ...], Callable], Any]) -> dict:
+def assemble(
+    cfg: Config, read: Callable[[str], np.ndarray], make: Callable[[str, tuple[int, ...], Callable], Any]
+) -> dict:
     """Builds the tree leaf by leaf.
 
     Args:
@@ -178,7 +180,7 @@ def assemble(cfg: Config, read: Callable[[str], np.ndarray], make: Callable[[str
     for name, path, layer, how, _ in _rows(cfg):
         sources.setdefault(path, []).append((name, how, layer is not None))
     out = {}
-    for path, weight in _leaves(describe(cfg)).items():
+    for path, weight in leaves(describe(cfg)).items():
 
         def piece(index, rows=sources[path]):
             index = tuple(index)
@@ -188,7 +190,7 @@ def assemble(cfg: Config, read: Callable[[str], np.ndarray], make: Callable[[str
             return np.stack([_to_ours(read(name), how)[index[1:]] for name, how, _ in chosen])
 
         out[path] = make(path, weight.shape, piece)
-    return _nest(out)
+    return nest(out)
 
 
 def load(folder: str | os.PathLike, cfg: Config, abstract: dict) -> dict:
@@ -203,7 +205,7 @@ def load(folder: str | os.PathLike, cfg: Config, abstract: dict) -> dict:
     files = open_folder(folder)
     names = match(cfg, {name: file.tensors[name][1] for name, file in files.items()}, str(folder))
     check_tied(cfg, files, folder)
-    targets = _leaves(abstract)
+    targets = leaves(abstract)
 
     def make(path, shape, piece):
         target = targets[path]
@@ -227,9 +229,9 @@ def check_tied(cfg: Config, files: Mapping, folder) -> None:
 
 def published(cfg: Config, params: dict, dtype) -> Iterator[tuple[str, np.ndarray]]:
     """(published name, tensor) of every parameter, one at a time, in the order of `published_shapes`."""
-    leaves = _leaves(params)
+    flat = leaves(params)
     for name, path, layer, how, shape in _rows(cfg):
-        leaf = leaves[path] if layer is None else leaves[path][layer]
+        leaf = flat[path] if layer is None else flat[path][layer]
         leaf = np.asarray(leaf).astype(dtype)
         yield name, (leaf if how == "copy" else leaf.T).reshape(shape)
 
@@ -242,7 +244,7 @@ def hf_config(cfg: Config, dtype: str = "float32") -> dict:
         "model_type": "qwen2_5_vl",
         "attention_dropout": 0.0,
         "bos_token_id": cfg.pad_token_id,
-        "eos_token_id": cfg.eos_token_ids[0],
+        "eos_token_id": cfg.eos_token_ids[0] if len(cfg.eos_token_ids) == 1 else list(cfg.eos_token_ids),
         "pad_token_id": cfg.pad_token_id,
         "image_token_id": cfg.image_token_id,
         "video_token_id": cfg.video_token_id,
