@@ -213,7 +213,7 @@ class PyAVReader(_Reader):
         """Reads every packet once: how many frames there are, when they are shown, whether the file is whole."""
         stream, packets, pts = self._stream, [], []
         vp8 = stream.codec_context.name in ("vp8", "libvpx")
-        self._mid_start = None
+        self._mid_start, cut = None, 0
         try:
             for packet in self._container.demux(stream):
                 if packet.size == 0:
@@ -224,6 +224,7 @@ class PyAVReader(_Reader):
                     packets.append(packet)
                 # Packets that show nothing: cut away by an edit list, or VP8 references with show_frame off.
                 if packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10):
+                    cut += 1
                     continue
                 pts.append(packet.pts)
                 if len(pts) > self.limits.max_frames:
@@ -232,7 +233,7 @@ class PyAVReader(_Reader):
             raise VideoError(self.path, f"damaged: reading stopped after {len(pts)} packets ({_text(error)})") from None
         self._check_count(len(pts))
         announced = stream.frames if self._demuxers in _ANNOUNCES else 0
-        if len(pts) < announced - sum(p.is_discard for p in packets):
+        if len(pts) < announced - cut:
             raise VideoError(self.path, f"truncated: announces {announced} frames, holds {len(pts)}")
         self._packets, self._count, self._ticks = packets if keep else None, len(pts), None
         if self._demuxers != "avi" and None not in pts and len(set(pts)) == len(pts):  # AVI stores decoding order
@@ -249,7 +250,7 @@ class PyAVReader(_Reader):
         end = float(self._ticks[-1] * self._stream.time_base)
         if end < 0.95 * announced / 1e6 - 1.0:
             raise VideoError(
-                self.path, f"truncated: announces {announced / 1e6:.1f} s, the last of {self._count} frames is at {end:.1f} s"
+                self.path, f"truncated: announces {announced / 1e6:.1f} s, {self._count} frames end at {end:.1f} s"
             )
 
     def _start(self):
@@ -360,9 +361,9 @@ class OpenCVReader(_Reader):
             if len(times) > limits.max_frames:
                 break
         announced = capture.get(cv2.CAP_PROP_FRAME_COUNT) if self._demuxers in _ANNOUNCES else 0
-        if 0 < len(times) < announced:
-            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
         self._check_count(len(times))
+        if len(times) < announced:
+            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
         rate = capture.get(cv2.CAP_PROP_FPS)
         seconds = np.asarray(times) - times[0]
         if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
