@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decoders import VideoError
+from data_pipelines.containers import VideoError
 
 UNREADABLE = (VideoError, OSError, ValueError)  # what makes a row bad; anything else is a bug and stops the run
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.decoders import Limits, VideoError, VideoInfo, open_reader
+from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo
+from data_pipelines.decoders import open_reader
 
 __all__ = ["Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_frames", "read_image", "sample_indices"]
-
-DEFAULT_LIMITS = Limits()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import loader
-from data_pipelines.decoders import VideoError
+from data_pipelines.containers import VideoError
 
 Row = namedtuple("Row", "row path bad", defaults=(False,))
 

@@ -133,7 +133,7 @@ def test_the_published_processor_agrees():
     try:
         processor = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 784, "longest_edge": 10**8})
     except Exception as error:  # needs torchvision
-        pytest.skip(f"no reference processor: {error}".splitlines()[0][:100])
+        pytest.skip(f"no reference processor: {str(error).strip()[:80]}")
     frames = np.random.default_rng(4).integers(0, 256, (4, 56, 84, 3), np.uint8)
     out = processor(videos=[frames], return_tensors="np", do_sample_frames=False)
     got, grid = patches.frames_to_patches(frames)
