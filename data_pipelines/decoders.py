@@ -4,114 +4,22 @@ A reader knows, before any picture is decoded, how many frames a file has and wh
 packets of the video stream once (about 10 microseconds each) and keeps them, so files without a frame count, with
 variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets.
 
-Files are not trusted. The first bytes must be those of a known container, only demuxers of that container may open
-the file and only the `file` protocol may be used, so a playlist named `clip.mp4` opens nothing. A file that holds
-fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter clip.
+A file that holds fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter
+clip.
 """
 
 import bisect
-import dataclasses
 import itertools
 import os
-import stat
 import time
 from collections.abc import Iterator
 
 import numpy as np
 
+from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, VideoInfo, check_file
 
-class VideoError(Exception):
-    """A video (or image) file that cannot be used; `str` is "<path>: <reason>"."""
-
-    def __init__(self, path, reason: str):
-        self.path, self.reason = os.fspath(path), " ".join(str(reason).split())
-        super().__init__(self.path, self.reason)
-
-    def __str__(self):
-        return f"{self.path}: {self.reason}"
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """What a file says about itself. Width and height are as shown, after rotation; fps is the average rate [1/s];
-    duration in seconds; rotation in degrees counter-clockwise, already applied to decoded frames."""
-
-    width: int
-    height: int
-    fps: float
-    num_frames: int
-    duration: float
-    codec: str
-    rotation: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Refuse what would take the machine down. Pixels per frame, seconds and frames per file, bytes of one decoded
-    clip, seconds of wall clock spent on one file."""
-
-    max_pixels: int = 50_000_000
-    max_seconds: float = 6 * 3600.0
-    max_frames: int = 1_000_000
-    max_bytes: int = 8 << 30
-    decode_seconds: float = 1800.0
-
-
-_MOV = "mov,mp4,m4a,3gp,3g2,mj2"
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
-_ANNOUNCES = (_MOV, "avi", "gif")  # containers whose header counts the frames exactly
-
-
-def sniff(path, head: bytes) -> str:
-    """The FFmpeg demuxers (a comma-separated whitelist) for a file that begins with `head`; VideoError if none."""
-    if len(head) == 0:
-        raise VideoError(path, "the file is empty")
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot"):
-        return _MOV
-    starts = {
-        b"\x1aE\xdf\xa3": "matroska,webm",
-        b"GIF87a": "gif",
-        b"GIF89a": "gif",
-        b"\x00\x00\x01\xba": "mpeg",
-        b"\x00\x00\x01\xb3": "mpegvideo",
-        b"\x00\x00\x00\x01": "hevc,h264",
-        b"\x00\x00\x01": "hevc,h264,m4v",
-        b"FLV\x01": "flv",
-        b"OggS": "ogg",
-        b"0&\xb2u\x8ef\xcf\x11": "asf",
-    }
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "avi"
-    for magic, demuxers in starts.items():
-        if head.startswith(magic):
-            return demuxers
-    for first, step in ((0, 188), (4, 192), (0, 204)):
-        sync = head[first::step][:4]
-        if len(sync) >= 2 and set(sync) == {0x47}:
-            return "mpegts"
-    if not set(head) - set(range(32, 127)) - set(b"\t\n\r\f"):
-        raise VideoError(path, "a text file, not a video")
-    raise VideoError(path, "not a video file (no known container starts with these bytes)")
-
-
-def check_file(path) -> tuple[str, int, str]:
-    """Absolute path, size in bytes and demuxer whitelist of an existing regular file that begins like a video."""
-    if "\0" in os.fspath(path):
-        raise VideoError(path, "the path holds a NUL character")
-    full = os.path.abspath(path)
-    try:
-        status = os.stat(full)
-        if stat.S_ISDIR(status.st_mode):
-            raise VideoError(path, "a directory, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise VideoError(path, "not a regular file")
-        with open(full, "rb") as file:
-            head = file.read(1024)
-    except FileNotFoundError:
-        raise VideoError(path, "no such file") from None
-    except OSError as error:
-        raise VideoError(path, f"cannot be read ({error.strerror})") from None
-    return full, status.st_size, sniff(path, head)
+_ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
 
 
 def _quarter_turns(degrees: int) -> int:
@@ -170,7 +78,7 @@ class _Reader:
 class PyAVReader(_Reader):
     """FFmpeg through PyAV. One thread for small pictures: starting threads costs more than decoding them."""
 
-    def __init__(self, path, limits: Limits = Limits(), threads: int | None = None):
+    def __init__(self, path, limits: Limits = DEFAULT_LIMITS, threads: int | None = None):
         super().__init__(path, limits)
         import av  # a tenth of a second, only paid where a video is opened; its logging stays off: it can deadlock
 
@@ -213,7 +121,7 @@ class PyAVReader(_Reader):
         """Reads every packet once: how many frames there are, when they are shown, whether the file is whole."""
         stream, packets, pts = self._stream, [], []
         vp8 = stream.codec_context.name in ("vp8", "libvpx")
-        self._mid_start = None
+        self._mid_start, cut = None, 0
         try:
             for packet in self._container.demux(stream):
                 if packet.size == 0:
@@ -224,6 +132,7 @@ class PyAVReader(_Reader):
                     packets.append(packet)
                 # Packets that show nothing: cut away by an edit list, or VP8 references with show_frame off.
                 if packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10):
+                    cut += 1
                     continue
                 pts.append(packet.pts)
                 if len(pts) > self.limits.max_frames:
@@ -232,25 +141,13 @@ class PyAVReader(_Reader):
             raise VideoError(self.path, f"damaged: reading stopped after {len(pts)} packets ({_text(error)})") from None
         self._check_count(len(pts))
         announced = stream.frames if self._demuxers in _ANNOUNCES else 0
-        if len(pts) < announced - sum(p.is_discard for p in packets):
+        if len(pts) < announced - cut:
             raise VideoError(self.path, f"truncated: announces {announced} frames, holds {len(pts)}")
         self._packets, self._count, self._ticks = packets if keep else None, len(pts), None
         if self._demuxers != "avi" and None not in pts and len(set(pts)) == len(pts):  # AVI stores decoding order
             self._ticks = sorted(pts)
             # Pictures before the first in decoding order refer to what the file does not hold.
             self._mid_start |= pts[0] != self._ticks[0]
-            self._check_end()
-
-    def _check_end(self):
-        """Matroska announces its duration up front; a file cut short stops well before it."""
-        announced = self._container.duration
-        if self._demuxers != "matroska,webm" or not announced or len(self._container.streams) > 1:
-            return
-        end = float(self._ticks[-1] * self._stream.time_base)
-        if end < 0.95 * announced / 1e6 - 1.0:
-            raise VideoError(
-                self.path, f"truncated: announces {announced / 1e6:.1f} s, the last of {self._count} frames is at {end:.1f} s"
-            )
 
     def _start(self):
         """Decodes up to the first frame, which tells the true picture size, the rotation and where pictures begin."""
@@ -345,7 +242,7 @@ class PyAVReader(_Reader):
 class OpenCVReader(_Reader):
     """OpenCV's FFmpeg. It reports no damage, so frames are counted; it knows no timestamps ahead, so it reads twice."""
 
-    def __init__(self, path, limits: Limits = Limits(), threads: int | None = None):
+    def __init__(self, path, limits: Limits = DEFAULT_LIMITS, threads: int | None = None):
         super().__init__(path, limits)
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # damage is reported by VideoError, not on stderr
         import cv2
@@ -360,9 +257,9 @@ class OpenCVReader(_Reader):
             if len(times) > limits.max_frames:
                 break
         announced = capture.get(cv2.CAP_PROP_FRAME_COUNT) if self._demuxers in _ANNOUNCES else 0
-        if 0 < len(times) < announced:
-            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
         self._check_count(len(times))
+        if len(times) < announced:
+            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
         rate = capture.get(cv2.CAP_PROP_FPS)
         seconds = np.asarray(times) - times[0]
         if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
@@ -402,7 +299,7 @@ def _text(error) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def open_reader(path, backend: str = "auto", limits: Limits = Limits(), threads: int | None = None) -> _Reader:
+def open_reader(path, backend: str = "auto", limits: Limits = DEFAULT_LIMITS, threads: int | None = None) -> _Reader:
     """The reader of a file. `auto` is PyAV, or OpenCV where PyAV is not installed; VideoError if it is no video."""
     if backend not in ("auto", "pyav", "opencv"):
         raise ValueError(f"backend {backend!r} is not one of auto, pyav, opencv")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decoders import VideoError
+from data_pipelines.containers import VideoError
 
 UNREADABLE = (VideoError, OSError, ValueError)  # what makes a row bad; anything else is a bug and stops the run
 
@@ -122,15 +122,15 @@ def dataset(
 
     Args:
       records: the rows; pickled to workers.
-      load: record -> a value of arrays, numbers, texts or a dict of them (equal shapes are stacked). A VideoError, OSError or
-        ValueError it raises makes the row bad. A module-level function or object, because workers are spawned.
+      load: record -> a value of arrays, numbers, texts or a dict of them (equal shapes are stacked). A VideoError,
+        OSError or ValueError makes the row bad. A module-level function or object, because workers are spawned.
       batch_size: of all processes together; each process gets its contiguous slice of every batch.
       epochs: None repeats without end. Epochs follow each other without a gap: a batch may hold the end of one and the
         beginning of the next; a last incomplete batch is dropped.
       blank: the value that stands in for a bad row; default zeros like a good one of the batch.
 
-    Batches are {"row" int64 [b], "mask" bool [b] (False on bad rows), "bad" (JSON list of {row, path, reason}), "value"};
-    "value" is missing from a batch of bad rows only, where no blank was given.
+    Batches are {"row" int64 [b], "mask" bool [b] (False on bad rows), "bad" (JSON list of {row, path, reason}),
+    "value"}; "value" is missing from a batch of bad rows only, where no blank was given.
     """
     import grain
 
@@ -176,12 +176,16 @@ def iterate(
     import grain
 
     source = dataset(records, load, batch_size=batch_size, **options)[start:]
-    threads = grain.ReadOptions(num_threads=0 if workers else prefetch, prefetch_buffer_size=max(1, prefetch) * batch_size)
+    threads = grain.ReadOptions(
+        num_threads=0 if workers else prefetch, prefetch_buffer_size=max(1, prefetch) * batch_size
+    )
     batches = source.to_iter_dataset(threads)
     if workers:
         _mark_flags_parsed()
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # inherited by workers: each is one of many already
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch))
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        )
     known: set[int] = set()
     logged = _logged_rows(report)
     for number, batch in enumerate(batches, start):

@@ -24,7 +24,11 @@ VIDEO_MAX_PIXELS = 768 * 28 * 28
 
 
 def smart_resize(
-    height: int, width: int, factor: int = FACTOR, min_pixels: int = VIDEO_MIN_PIXELS, max_pixels: int = VIDEO_MAX_PIXELS
+    height: int,
+    width: int,
+    factor: int = FACTOR,
+    min_pixels: int = VIDEO_MIN_PIXELS,
+    max_pixels: int = VIDEO_MAX_PIXELS,
 ) -> tuple[int, int]:
     """The size (height, width) to resize to: multiples of `factor`, within the pixel limits, near the aspect ratio.
 
@@ -51,9 +55,14 @@ def smart_resize(
 
 
 def video_size(
-    height: int, width: int, num_frames: int, *, min_pixels=VIDEO_MIN_PIXELS, max_pixels=VIDEO_MAX_PIXELS,
+    height: int,
+    width: int,
+    num_frames: int,
+    *,
+    min_pixels=VIDEO_MIN_PIXELS,
+    max_pixels=VIDEO_MAX_PIXELS,
     total_pixels: int = 90_316_800,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """`smart_resize` as qwen-vl-utils calls it for a video of `num_frames` sampled frames: the limit on pixels per
     frame is the smaller of `max_pixels` and the frame's share of `total_pixels`, but at least 1.05 min_pixels."""
     cap = max(min(VIDEO_MAX_PIXELS, total_pixels / num_frames * TEMPORAL), int(min_pixels * 1.05))

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.decoders import Limits, VideoError, VideoInfo, open_reader
+from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo
+from data_pipelines.decoders import open_reader
 
 __all__ = ["Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_frames", "read_image", "sample_indices"]
-
-DEFAULT_LIMITS = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +45,10 @@ def _spread(low: int, high: int, n: int) -> np.ndarray:
     """round(linspace(low, high, n)), both ends included, in float32 from both ends as torch computes it."""
     if n == 1:
         return np.array([low], np.int64)
-    step = np.float32(high - low) / np.float32(n - 1)
+    step = float(np.float32(high - low) / np.float32(n - 1))
     i = np.arange(n)
-    rising = np.float32(low) + step * i.astype(np.float32)
-    falling = np.float32(high) - step * (n - 1 - i).astype(np.float32)
-    return np.rint(np.where(i < n // 2, rising, falling)).astype(np.int64)
+    places = np.where(i < n // 2, low + step * i, high - step * (n - 1 - i))
+    return np.rint(places.astype(np.float32)).astype(np.int64)
 
 
 def _count(total: int, video_fps: float, fps: float, min_frames: int, max_frames: int) -> int:
@@ -61,7 +59,15 @@ def _count(total: int, video_fps: float, fps: float, min_frames: int, max_frames
 
 
 def sample_indices(
-    times, video_fps: float, *, fps: float | None = 2.0, max_frames=64, min_frames=4, num_frames=None, start=None, end=None
+    times,
+    video_fps: float,
+    *,
+    fps: float | None = 2.0,
+    max_frames=64,
+    min_frames=4,
+    num_frames=None,
+    start=None,
+    end=None,
 ) -> np.ndarray:
     """Which frames to take: int64 [n], increasing (with repeats only if `num_frames` asks for more than there are).
 
@@ -134,9 +140,15 @@ def read_frames(
     with open_reader(path, backend, limits, threads) as reader:
         try:
             index = sample_indices(
-                reader.times, reader.info.fps, fps=fps, max_frames=max_frames, min_frames=min_frames,
-                num_frames=num_frames, start=start, end=end,
-            )  # fmt: skip
+                reader.times,
+                reader.info.fps,
+                fps=fps,
+                max_frames=max_frames,
+                min_frames=min_frames,
+                num_frames=num_frames,
+                start=start,
+                end=end,
+            )
         except ValueError as error:
             raise VideoError(path, str(error)) from None
         if len(index) % 2:
@@ -153,7 +165,9 @@ def _collect(reader, index, resize, limits) -> np.ndarray:
         height, width = resize(height, width) if callable(resize) else resize
     if len(index) * height * width * 3 > limits.max_bytes:
         size = f"{len(index)} frames of {width}x{height}"
-        raise VideoError(reader.path, f"{size} are over the limit of {limits.max_bytes} bytes: use resize or fewer frames")
+        raise VideoError(
+            reader.path, f"{size} are over the limit of {limits.max_bytes} bytes: use resize or fewer frames"
+        )
     out = np.empty((len(index), height, width, 3), np.uint8)
     unique, place, repeats = np.unique(index, return_index=True, return_counts=True)
     for (_, frame), at, count in zip(reader.decode(unique), place, repeats, strict=True):
@@ -168,7 +182,7 @@ def probe(path, *, backend: str = "auto", limits: Limits = DEFAULT_LIMITS) -> Vi
 
 
 def read_image(path, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """A JPEG, PNG, WebP or BMP file as uint8 [H, W, 3] RGB, turned upright by its EXIF tag; VideoError if it is none."""
+    """A JPEG, PNG, WebP or BMP file as uint8 [H, W, 3] RGB, upright by its EXIF tag; VideoError if it is none."""
     import cv2
 
     if not os.path.isfile(path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import loader
-from data_pipelines.decoders import VideoError
+from data_pipelines.containers import VideoError
 
 Row = namedtuple("Row", "row path bad", defaults=(False,))
 
@@ -68,7 +68,8 @@ def test_resume_is_exact_at_any_worker_count(workers):
 def test_hosts_get_slices_of_the_global_batch():
     whole = numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3))
     parts = [
-        numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3, process_index=i, process_count=3)) for i in range(3)
+        numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3, process_index=i, process_count=3))
+        for i in range(3)
     ]
     assert whole == [sum((p[k] for p in parts), []) for k in range(len(whole))]
     with pytest.raises(ValueError, match="does not divide"):

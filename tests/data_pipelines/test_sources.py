@@ -87,10 +87,28 @@ def test_published_evaluation_files_load(test_data):
 
 @pytest.mark.parametrize(
     "path",
-    ["../secret.mp4", "a/../../secret.mp4", "/etc/passwd", "~/x.mp4", "link.mp4", "dirlink/secret.mp4", "", " ", "x\0.mp4",
-     "file:///etc/passwd", "http://host/x.mp4", "concat:good.mp4|good.mp4", "subfile,,start,0,end,9,,:good.mp4", "pipe:0",
-     "folder", ".", "absent.mp4", "\\\\host\\x", "fifo"],
-)  # fmt: skip
+    [
+        "../secret.mp4",
+        "a/../../secret.mp4",
+        "/etc/passwd",
+        "~/x.mp4",
+        "link.mp4",
+        "dirlink/secret.mp4",
+        "",
+        " ",
+        "x\0.mp4",
+        "file:///etc/passwd",
+        "http://host/x.mp4",
+        "concat:good.mp4|good.mp4",
+        "subfile,,start,0,end,9,,:good.mp4",
+        "pipe:0",
+        "folder",
+        ".",
+        "absent.mp4",
+        "\\\\host\\x",
+        "fifo",
+    ],
+)
 def test_media_stays_under_the_root(tmp_path, path):
     root = tmp_path / "root"
     (root / "folder").mkdir(parents=True)
@@ -114,15 +132,20 @@ def test_templates_are_video_r1s_to_the_character():
     assert digest(sources.TRAIN_TEMPLATE)[0] == 480 and digest(sources.TRAIN_TEMPLATE)[1].startswith("c250cd90e06fd8f9")
     assert digest(sources.EVAL_TEMPLATE)[0] == 488 and digest(sources.EVAL_TEMPLATE)[1].startswith("bbbe96bd45c75a76")
     expected = {
-        "multiple choice": (106, "7ec249c5"), "numerical": (90, "853b6e89"), "regression": (90, "853b6e89"),
-        "OCR": (117, "d93be5c6"), "free-form": (68, "b5da6fec"),
-    }  # fmt: skip
+        "multiple choice": (106, "7ec249c5"),
+        "numerical": (90, "853b6e89"),
+        "regression": (90, "853b6e89"),
+        "OCR": (117, "d93be5c6"),
+        "free-form": (68, "b5da6fec"),
+    }
     assert {k: (digest(v)[0], digest(v)[1][:8]) for k, v in sources.TYPE_SUFFIX.items()} == expected
 
 
 def test_question_text_joins_as_published():
     text = sources.question_text("Why?", "multiple choice", ["A. x", "B. y"])
-    assert text.startswith("Why?Options:\nA. x\nB. y\n\nPlease think") and text.endswith(sources.TYPE_SUFFIX["multiple choice"])
+    assert text.startswith("Why?Options:\nA. x\nB. y\n\nPlease think") and text.endswith(
+        sources.TYPE_SUFFIX["multiple choice"]
+    )
     text = sources.question_text("How many {Question}?", "numerical", ["A. x"], style="eval")
     assert text.startswith("How many {Question}?\nPlease") and "Options" not in text and "<think> and </think>" in text
     assert sources.question_text("Why?", "multiple choice", ["A. x", "B. y"], style="plain") == "Why?\nA. x\nB. y"
