@@ -81,7 +81,8 @@ def embed_patches(params, feat_nv) -> jax.Array:
     """Unit vectors float32 [..., D] from tower features [..., n, V], each temporal patch on its own."""
     p = params["event"]
     feat_nv = _normalise(feat_nv)
-    return unit(_mlp(p["mlp"], _pool(feat_nv @ p["score"], feat_nv @ p["project"], None)))
+    pooled_qw = _pool(feat_nv @ p["score"], feat_nv, None) @ p["project"]
+    return unit(_mlp(p["mlp"], _flat(pooled_qw)))
 
 
 def pool_events(emb_btd, mask_bt, event_bt, num_events: int):
@@ -119,7 +120,7 @@ def embed_questions(params, tokens_bl, mask_bl) -> jax.Array:
     x_blw += jnp.einsum("bhlm,bmhk,hkw->blw", weight_bhlm, v, p["out"])
     x_blw += _mlp(p["mlp"], _normalise(x_blw))
     x_blw = _normalise(x_blw)
-    return unit(_mlp(p["head"], _pool(x_blw @ p["score"], x_blw, mask_bl)))
+    return unit(_mlp(p["head"], _flat(_pool(x_blw @ p["score"], x_blw, mask_bl))))
 
 
 def loss(params, query_bd, event_emb_bed, event_mask_be, needed_be, *, in_batch: float = 0.0):
@@ -168,9 +169,11 @@ def _mlp(p, x):
 
 
 def _pool(score_nq, value_nw, mask_n):
-    """Softmax over n under each query's scores, then the queries side by side: [..., q * w]."""
+    """Softmax over n under each query's scores: [..., q, w]."""
     if mask_n is not None:
         score_nq = jnp.where(mask_n[..., None], score_nq, -1e9)
-    weight_nq = jax.nn.softmax(score_nq, axis=-2)
-    pooled_qw = jnp.einsum("...nq,...nw->...qw", weight_nq, value_nw)
-    return pooled_qw.reshape(*pooled_qw.shape[:-2], -1)
+    return jnp.einsum("...nq,...nw->...qw", jax.nn.softmax(score_nq, axis=-2), value_nw)
+
+
+def _flat(x_qw):
+    return x_qw.reshape(*x_qw.shape[:-2], -1)

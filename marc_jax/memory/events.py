@@ -8,7 +8,7 @@ energy in two directions. The difference of two frames is
     B = mean histogram distance, C = change of edge energy (both blind to motion inside the frame)
 
 Three kinds of border are found. A cut is a single difference that stands out from its two neighbours and from the
-recent level. A dissolve is a run of raised differences whose frames are mixtures of the run's two ends (a pan or a
+recent level. A dissolve is a run of similar differences whose frames are mixtures of the run's two ends (a pan or a
 fast motion is not a mixture). A fade passes through a blank frame. A long take is also split where it has drifted
 away from its own beginning. The level is a low quantile of recent differences, so it follows the camera's unrest and
 is not raised by the borders themselves.
@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 
 GRID, SIDE, BINS = 16, 64, 8
+DUPLICATE = 0.01  # S of a frame shown twice, or of a still scene: says nothing about the camera's unrest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +34,19 @@ class Options:
     Attributes:
       cut: least S of a cut, in a quiet video.
       peak: a cut exceeds its neighbours by this factor.
-      blend: least S between the ends of a dissolve.
-      residual: largest share of a mixture's distance that the two ends do not explain.
-      blank: a frame whose cells deviate less than this (levels) is blank.
+      blend: least S between the ends of a dissolve; twice that if it is shorter than `blend_seconds`.
+      residual: largest part of a frame inside a dissolve that a mixture of its ends does not explain.
+      blank: a frame all of whose cells are within this many levels of black or of white is blank.
       drift: S (without A) from the event's beginning that splits a long take, after `drift_seconds` of it.
       min_len, max_len: shortest and longest event; None: no longest.
     """
 
     cut: float = 0.5
-    peak: float = 1.4
-    blend: float = 0.6
-    residual: float = 0.12
-    blank: float = 4.0
+    peak: float = 1.5
+    blend: float = 0.85
+    blend_seconds: float = 0.25
+    residual: float = 0.05
+    blank: float = 16.0
     drift: float = 0.7
     drift_seconds: float = 5.0
     min_len: int = 1
@@ -100,19 +102,20 @@ class Segmenter:
     """Online segmentation: `push` one frame at a time; state and delay are bounded.
 
     Borders are frame indices, the first frame of each new event, in increasing order. A border is reported at most
-    `longest_blend` frames after it happened and never taken back.
+    `longest_blend` frames after it happened (a fade: when the blank has ended) and never taken back.
     """
 
     def __init__(self, fps: float, options: Options | None = None):
         self.options = options or Options()
         self.drift_frames = max(1, round(self.options.drift_seconds * fps))
+        self.blend_frames = round(self.options.blend_seconds * fps)
         size = self.options.longest_blend + 2
         self.now = -1  # index of the latest frame
         self.start = 0  # first frame of the open event
-        self.recent = collections.deque(maxlen=self.options.memory)  # differences, for the level
+        # Differences, for the level; it starts from a belief, as a clip may begin with three short events.
+        self.recent = collections.deque([0.15] * 8, maxlen=self.options.memory)
         self.frames = collections.deque(maxlen=size)  # latest descriptors
         self.steps = collections.deque(maxlen=size)  # difference of each to the one before it
-        self.run = 0  # how many latest steps are raised
         self.drifted = 0  # how many latest frames are far from the event's beginning
         self.blank_from = None
         self.first = None  # descriptor of the event's first frame
@@ -121,15 +124,14 @@ class Segmenter:
         """Takes the next frame, uint8 RGB [H, W, 3]; returns the borders it confirms."""
         seen = describe(frame)
         step = difference(self.frames[-1], seen) if self.frames else 0.0
-        if self.frames:
+        if step > DUPLICATE:
             self.recent.append(step)
         self.frames.append(seen)
         self.steps.append(step)
         self.now += 1
         self.first = self.first or seen
-        level = float(np.quantile(self.recent, 0.4)) if self.recent else 0.0
-        blended = self._dissolve(step, level)  # keeps the run's length: always called
-        candidates = (self._fade(seen), self._cut(step, level), blended, self._drift(seen))
+        level = float(np.quantile(self.recent, 0.3))
+        candidates = (self._fade(seen), self._cut(step, level), self._dissolve(step), self._drift(seen))
         found = []
         for border in sorted({c for c in candidates if c is not None}):
             self._accept(border, found)
@@ -153,7 +155,7 @@ class Segmenter:
 
     def _fade(self, seen: Descriptor) -> int | None:
         """The middle of a run of blank frames, once it has ended."""
-        if seen.contrast < self.options.blank:
+        if seen.cells.max() < self.options.blank or seen.cells.min() > 255 - self.options.blank:
             self.blank_from = self.now if self.blank_from is None else self.blank_from
             return None
         begun, self.blank_from = self.blank_from, None
@@ -167,19 +169,23 @@ class Segmenter:
         tall = it > max(self.options.cut, 2 * level) and it > self.options.peak * max(before, step)
         return self.now - 1 if tall else None
 
-    def _dissolve(self, step: float, level: float) -> int | None:
-        """The first frame that is more new than old, when a run of raised steps has ended as a mixture of its ends."""
-        if step > 2 * level + 0.02:
-            self.run += 1
+    def _dissolve(self, step: float) -> int | None:
+        """The first frame that is more new than old, when a run of similar steps has just ended as a mixture.
+
+        The run ends where a step falls to 0.6 of the one before; it reaches back while steps are at least half of it.
+        """
+        if len(self.steps) < 4 or step > 0.6 * self.steps[-2]:
             return None
-        length, self.run = self.run, 0
-        if not 2 <= length <= self.options.longest_blend - 2 or length + 2 > len(self.frames):
-            return None
+        past = list(self.steps)[-2::-1]
+        length = next((i for i, s in enumerate(past) if s < 0.5 * past[0]), len(past))
+        if not 2 <= length <= len(self.frames) - 2 or self.now - 1 - length < self.start:
+            return None  # a cut, or longer than we remember, or already divided
         frames = list(self.frames)[-length - 2 : -1]  # the two ends and what lies between
         a, b = frames[0], frames[-1]
-        between = max(f.contrast for f in frames[1:-1])
-        if difference(a, b) < self.options.blend or min(a.contrast, b.contrast) < 0.5 * between:
-            return None  # the second: a fade from or to a blank frame
+        far = self.options.blend * (2 if length < self.blend_frames else 1)
+        content = max(4.0, 0.5 * max(f.contrast for f in frames[1:-1]))
+        if difference(a, b) < far or min(a.contrast, b.contrast) < content:
+            return None  # too near, or one end is a blank or nearly blank frame: a fade, which `_fade` places
         share, residual = mixture(a, frames[1:-1], b)
         jumps = np.diff(np.concatenate([[0.0], share, [1.0]]))
         if residual > self.options.residual or jumps.max() > 0.8 or jumps.min() < -0.1:
@@ -195,13 +201,18 @@ class Segmenter:
 
 
 def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np.ndarray, float]:
-    """Fits x = a + s (b - a) to each frame between: the shares s and the largest rest, |r|^2 / |b - a|^2."""
-    way = (b.cells - a.cells).ravel()
-    gone = np.stack([f.cells for f in between]).reshape(len(between), -1) - a.cells.ravel()
-    length = float(way @ way) + 1e-6
-    share = gone @ way / length
-    rest = gone - share[:, None] * way
-    return share, float(np.max(np.sum(rest**2, axis=1)) / length)
+    """Fits x = a + s (b - a) to each frame between.
+
+    Returns the shares s and the largest unexplained part |r|^2 / |b - a|^2, both over the three quarters of the cells
+    that fit best: things that move during a dissolve do not count.
+    """
+    way = b.cells - a.cells
+    gone = np.stack([f.cells for f in between]) - a.cells
+    share = np.einsum("fcx,cx->f", gone, way) / (np.sum(way**2) + 1e-6)
+    rest = np.sum((gone - share[:, None, None] * way) ** 2, axis=2)
+    best = np.argsort(rest, axis=1, kind="stable")[:, : rest.shape[1] * 3 // 4]
+    unexplained = np.take_along_axis(rest, best, axis=1).sum(axis=1)
+    return share, float(np.max(unexplained / (np.sum(way**2, axis=1)[best].sum(axis=1) + 1e-6)))
 
 
 def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> list[int]:

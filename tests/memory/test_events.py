@@ -1,0 +1,140 @@
+"""The segmenter on drawn scenes, on real files with known shots, and online against replay."""
+
+import cv2
+import numpy as np
+import pytest
+
+from marc_jax.memory import events
+
+
+def background(rng, size=56):
+    """A textured background of a random colour; plain, stripes, bars or checks."""
+    i = np.arange(size) // (size // 8) % 2
+    kind = rng.integers(4)
+    flat = np.zeros((size, size))
+    on = (flat + 0.5, flat + i, flat + i[:, None], i[:, None] ^ i)[kind]
+    light, dark = rng.integers(90, 180, 3), rng.integers(10, 80, 3)
+    return light * on[..., None] + dark * (1 - on[..., None])
+
+
+def scene(rng, image, frames):
+    """The background with a bright square moving over it."""
+    out = np.repeat(image[None], frames, axis=0)
+    row, col, speed = rng.integers(0, 42), rng.integers(0, 56), rng.integers(3, 6)
+    for f in range(frames):
+        out[f, row : row + 14, (col + f * speed + np.arange(14)) % 56] = [255, 240, 40]
+    return out
+
+
+def drawn_video(seed):
+    """Frames and true spans in patches: 4 to 8 events of 1 to 3 patches, one in four starting with a dissolve."""
+    rng = np.random.default_rng(seed)
+    parts, spans, at = [], [], 0
+    for i in range(rng.integers(4, 9)):
+        patches = int(rng.integers(1, 4))
+        part = scene(rng, background(rng), 2 * patches)
+        if i and patches > 1 and rng.random() < 0.25:
+            share = np.array([1 / 3, 2 / 3]).reshape(2, 1, 1, 1)
+            part[:2] = share * part[:2] + (1 - share) * parts[-1][-1]
+        parts.append(part)
+        spans.append((at, at + patches))
+        at += patches
+    frames = np.concatenate(parts) + rng.normal(0, 4, (2 * at, 56, 56, 1))
+    return np.clip(frames, 0, 255).astype(np.uint8), spans
+
+
+def read(path, size=(160, 90)):
+    capture, frames = cv2.VideoCapture(str(path)), []
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    while True:
+        ok, frame = capture.read()
+        if not ok:
+            return np.stack(frames), fps
+        small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        frames.append(cv2.cvtColor(small, cv2.COLOR_BGR2RGB))
+
+
+def test_nearly_all_borders_of_drawn_videos():
+    hits = found_all = true_all = 0
+    for seed in range(40):
+        frames, truth = drawn_video(seed)
+        found = {a for a, _ in events.segment(frames, fps=4.0)}
+        wanted = {a for a, _ in truth}
+        hits, found_all, true_all = hits + len(found & wanted), found_all + len(found), true_all + len(wanted)
+    assert hits / found_all > 0.97 and hits / true_all > 0.97
+
+
+def test_online_and_replay_agree_and_nothing_is_taken_back():
+    frames, _ = drawn_video(3)
+    segmenter, told = events.Segmenter(4.0), []
+    for i, frame in enumerate(frames):
+        told += segmenter.push(frame)
+        assert told == events.borders(frames[: i + 1], 4.0)  # only the past counts
+        assert all(border <= i for border in told)
+    assert told == sorted(set(told))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spans_cover_the_clip_and_respect_lengths(seed):
+    frames, _ = drawn_video(seed)
+    options = events.Options(min_len=2, max_len=4)
+    spans = events.segment(frames, 4.0, options)
+    assert spans[0][0] == 0 and spans[-1][1] == len(frames) // 2
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(stop - start <= 4 for start, stop in spans)
+    assert sum(stop - start < 2 for start, stop in spans) <= 1  # only what max_len leaves over
+
+
+def test_one_frame_and_a_still_scene_are_one_event():
+    frame = drawn_video(0)[0][:1]
+    assert events.segment(frame, 2.0) == [(0, 1)]
+    assert events.segment(np.repeat(frame, 31, axis=0), 2.0) == [(0, 16)]
+    with pytest.raises(ValueError, match=r"uint8 \[T, H, W, 3\]"):
+        events.segment(frame.astype(np.float32), 2.0)
+
+
+def test_a_long_take_without_a_border_is_cut_online_too():
+    still = np.repeat(drawn_video(0)[0][:1], 150, axis=0)
+    options = events.Options(max_len=10)
+    assert events.borders(still, 4.0, options)[:2] == [20, 40]
+    assert events.segment(still, 4.0, options) == [(i, min(i + 10, 75)) for i in range(0, 75, 10)]
+
+
+def test_a_slow_dissolve_is_found_and_a_slow_pan_is_not():
+    rng = np.random.default_rng(0)
+    wide = cv2.resize(rng.integers(0, 255, (12, 60, 3)).astype(np.uint8), (600, 120), interpolation=cv2.INTER_CUBIC)
+    pan = np.stack([wide[:, 3 * i : 3 * i + 160] for i in range(40)])
+    assert events.borders(pan, 25.0) == []
+    share = np.clip((np.arange(60) - 20) / 20, 0, 1).reshape(-1, 1, 1, 1)
+    blended = (share * wide[:, 400:560] + (1 - share) * wide[:, :160]).astype(np.uint8)
+    (border,) = events.borders(blended, 25.0)
+    assert abs(border - 30) <= 2
+
+
+def test_real_cuts(test_data):
+    frames, fps = read(test_data / "videos" / "bikes.mp4")
+    assert events.score_borders(events.borders(frames, fps), [30, 76, 137, 187, 242], 2) == (1.0, 1.0)
+
+
+def test_real_fades_through_black_and_white(test_data):
+    frames, fps = read(test_data / "videos" / "fades.mp4")
+    assert events.score_borders(events.borders(frames, fps), [42, 84, 126, 167, 209], 2) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["768x576.avi", "chaplin.mp4", "dog.mp4", "test.avi"])
+def test_single_takes_do_not_shatter(test_data, name):
+    frames, fps = read(test_data / "videos" / name)
+    assert len(events.borders(frames, fps)) <= len(frames) / fps / 5
+
+
+def test_feature_change():
+    rng = np.random.default_rng(0)
+    event = np.repeat([0, 1, 2], [4, 2, 4])
+    feat = rng.normal(size=(3, 6, 32))[event] + 0.1 * rng.normal(size=(10, 6, 32))
+    assert events.segment_features(feat) == [(0, 4), (4, 6), (6, 10)]
+    assert events.segment_features(feat[:1]) == [(0, 1)]
+
+
+def test_border_scores():
+    assert events.score_borders([10, 11, 50], [10, 40], 2) == (1 / 3, 1 / 2)
+    assert events.score_borders([], [], 2) == (1.0, 1.0)

@@ -1,0 +1,169 @@
+"""The memory on disk: bit-identical, refused when stale, safe under a crash and under two writers."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from marc_jax.memory import store
+
+PRINT = store.fingerprint(model="a" * 64, preprocessing={"fps": 2.0, "pixels": 128})
+
+
+def entry(seed=0, dtype=ml_dtypes.bfloat16, t=6):
+    rng = np.random.default_rng(seed)
+    return store.MemoryEntry(
+        video_sha256=f"{seed:064x}",
+        seconds=np.arange(t) / 2,
+        event_spans=np.array([[0, 2], [2, t]], np.int32),
+        event_seconds=np.array([[0, 1], [1, t / 2]]),
+        event_embeddings=rng.normal(size=(2, 8)).astype(np.float32),
+        tokens=rng.normal(size=(t, 4, 16)).astype(dtype),
+        grid=(2, 2),
+        extra={"path": "a/b.mp4"},
+    )
+
+
+def same(a, b):
+    for name in store.ARRAYS:
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes(), name
+    assert (a.video_sha256, a.grid, a.extra) == (b.video_sha256, b.grid, b.extra)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float16])
+def test_read_back_is_bit_identical(tmp_path, dtype):
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        for i in range(5):
+            writer.add(f"v{i}", entry(i, dtype, t=3 + i))
+    reader = store.MemoryReader(tmp_path, PRINT)
+    assert sorted(reader) == [f"v{i}" for i in range(5)] and "v9" not in reader
+    for i in (3, 0, 4):
+        same(reader[f"v{i}"], entry(i, dtype, t=3 + i))
+
+
+def test_int8_is_close_and_small(tmp_path):
+    big = entry(0, np.float32, t=4096)
+    for name in ("int8", "float32"):
+        with store.MemoryWriter(tmp_path / name, PRINT, tokens=name) as writer:
+            writer.add("v", big)
+    got = store.MemoryReader(tmp_path / "int8", PRINT)["v"].tokens
+    assert got.dtype == np.float32
+    assert np.abs(got - big.tokens).max() <= np.abs(big.tokens).max() / 254 * 1.001
+    size = {p: sum(f.stat().st_size for f in (tmp_path / p).iterdir()) for p in ("int8", "float32")}
+    assert size["int8"] < 0.5 * size["float32"]
+
+
+def test_another_model_is_refused_and_named(tmp_path):
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        writer.add("v", entry())
+    other = store.fingerprint(model="b" * 64, preprocessing={"pixels": 128, "fps": 2.0})
+    for use in (store.MemoryReader, store.MemoryWriter):
+        with pytest.raises(store.StaleMemory, match=r"model: a+\.\.\. in the memory, b+\.\.\. wanted") as error:
+            use(tmp_path, other)
+        assert "preprocessing" not in str(error.value)
+    same(store.MemoryReader(tmp_path, None)["v"], entry())
+
+
+def test_a_changed_video_file_is_refused(tmp_path):
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        writer.add("v", entry(1))
+    reader = store.MemoryReader(tmp_path, PRINT)
+    same(reader.get_checked("v", entry(1).video_sha256), entry(1))
+    with pytest.raises(store.StaleMemory, match="file of video 'v' has changed"):
+        reader.get_checked("v", "f" * 64)
+
+
+def test_the_newest_entry_counts_and_refresh_sees_it(tmp_path):
+    writer = store.MemoryWriter(tmp_path, PRINT)
+    writer.add("v", entry(1))
+    writer.flush()
+    reader = store.MemoryReader(tmp_path, PRINT)
+    writer.add("v", entry(2))
+    same(reader["v"], entry(1))
+    writer.flush()
+    reader.refresh()
+    same(reader["v"], entry(2))
+    assert "v" in writer and "w" not in writer and len(reader) == 1
+
+
+def _write_until_killed(path, ready):
+    writer = store.MemoryWriter(path, PRINT)
+    writer.add("kept", entry(1))
+    writer.flush()
+    for i in range(10**6):
+        writer.add(f"lost{i}", entry(i))
+        if i == 50:
+            ready.set()
+
+
+def test_a_killed_writer_loses_only_what_was_not_flushed(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_write_until_killed, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert list(tmp_path.glob("*.tmp"))
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        assert "kept" in writer and "lost0" not in writer
+        writer.add("next", entry(2))
+    assert sorted(store.MemoryReader(tmp_path, PRINT)) == ["kept", "next"]
+
+
+def _write_many(path, name):
+    with store.MemoryWriter(path, PRINT, flush_bytes=4000) as writer:
+        for i in range(20):
+            writer.add(f"{name}{i}", entry(i))
+            time.sleep(0.001)
+
+
+def test_two_writers_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_write_many, args=(tmp_path, name)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    reader = store.MemoryReader(tmp_path, PRINT)
+    assert len(reader) == 40
+    same(reader["b7"], entry(7))
+
+
+def test_damage_is_an_error_that_names_the_shard(tmp_path):
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        writer.add("v", entry(t=64))
+    (shard,) = tmp_path.iterdir()
+    data = bytearray(shard.read_bytes())
+    whole = bytes(data)
+    data[2000:2010] = bytes(10)
+    shard.write_bytes(data)
+    with pytest.raises(store.StoreError, match=shard.name):
+        assert store.MemoryReader(tmp_path, PRINT)["v"]
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(store.StoreError, match=shard.name):
+        store.MemoryReader(tmp_path, PRINT)
+
+
+def test_missing_folder_missing_video_and_wrong_entries(tmp_path):
+    with pytest.raises(store.StoreError, match="no such memory folder"):
+        store.MemoryReader(tmp_path / "nothing", PRINT)
+    writer = store.MemoryWriter(tmp_path, PRINT)
+    with pytest.raises(ValueError, match="6 patches of tokens, 5 seconds"):
+        writer.add("v", store.MemoryEntry(**{**vars(entry()), "seconds": np.arange(5.0)}))
+    with pytest.raises(KeyError, match="'v' is not in the memory"):
+        store.MemoryReader(tmp_path, PRINT)["v"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hashes(tmp_path):
+    a, b = {"x": {"w": np.arange(3)}, "y": np.ones(2)}, {"y": np.ones(2), "x": {"w": np.arange(3)}}
+    assert store.tree_sha256(a) == store.tree_sha256(b) != store.tree_sha256({"x": {"w": np.arange(3)}})
+    (tmp_path / "f").write_bytes(b"abc")
+    assert store.file_sha256(tmp_path / "f").startswith("ba7816bf")
