@@ -1,43 +1,52 @@
-# Each target prepares .venv by itself: `make quickstart` and `make test` work on a bare clone.
+# `make quickstart` and `make test` work on a bare clone: each prepares .venv by itself.
+#   WORKDIR   where the quick start writes; an existing run is resumed
+#   ARGS      further arguments, e.g. make test ARGS="tests/test_optim.py -x"
 WORKDIR ?= runs/quickstart
 ARGS ?=
 
-PYTHON := $(shell command -v python3.12 || command -v python3.11)
 VENV := .venv
+, := ,
 BIN := $(VENV)/bin
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON := $(shell for p in $(BIN)/python python3.12 python3.11 python3; do \
+	"$$p" -c '$(SUPPORTED)' 2>/dev/null && command -v "$$p" && break; done)
+TAG := $(shell test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+CONSTRAINTS := requirements/constraints-$(TAG).txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CONSTRAINTS := requirements/constraints-$(if $(findstring 3.12,$(PYTHON)),py312,py311).txt
 
-.PHONY: quickstart test lint parity doctor clean
+# $(call install,EXTRAS,STAMP): only when setup.py or the constraints differ from what was installed.
+define install
+	@test -n "$(PYTHON)" || { echo "error: marc_jax needs Python 3.12 or 3.11; neither is on the PATH" >&2; exit 2; }
+	@want=$$(cat setup.py $(CONSTRAINTS) | sha256sum); \
+	if [ "$$(cat $(VENV)/$(2) 2>/dev/null)" != "$$want" ]; then \
+		test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || exit 1; \
+		echo "installing marc_jax[$(1)] into $(VENV), versions of $(CONSTRAINTS) ..."; \
+		$(PIP) install -qq -c $(CONSTRAINTS) -e ".[$(1)]" || exit 1; \
+		echo "$$want" > $(VENV)/$(2); \
+	fi
+endef
 
-quickstart: $(VENV)/installed
+.PHONY: quickstart test lint parity doctor venv clean
+
+quickstart: venv
 	$(BIN)/python -m marc_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
-test: $(VENV)/installed
+test: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-lint: $(VENV)/installed
+lint: venv
 	$(BIN)/ruff check . $(ARGS)
 
-# PyTorch and transformers (about 1 GB), for the tests that compare with the reference implementations.
-parity: $(VENV)/installed-parity
+# The tests that compare with the PyTorch reference need torch and transformers, about 1 GB more.
+parity:
+	$(call install,parity$(,)test,installed-parity)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-doctor: $(VENV)/installed
+doctor: venv
 	$(BIN)/python -m marc_jax.doctor $(ARGS)
+
+venv:
+	$(call install,test,installed)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
-
-# The stamp is newer than what it was made from, or the environment is brought up to date.
-$(VENV)/installed: setup.py $(CONSTRAINTS)
-	@test -n "$(PYTHON)" || { echo "error: marc_jax needs python3.12 or python3.11 on the PATH; neither was found" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing marc_jax into $(VENV) ($(CONSTRAINTS)) ..."
-	@$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[test]"
-	@touch $@
-
-$(VENV)/installed-parity: $(VENV)/installed
-	@echo "installing PyTorch and transformers into $(VENV) ..."
-	@$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[parity,test]"
-	@touch $@

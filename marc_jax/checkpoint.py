@@ -11,9 +11,8 @@ step. Orbax itself has no checksum (8 bit flips per file in its data files: 15 o
 manifest. A hash finds damage; it is no signature. Directories are local or shared file systems (mount a bucket).
 """
 
-import concurrent.futures
 import errno
-import hashlib
+import functools
 import json
 import os
 import pathlib
@@ -29,10 +28,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from marc_jax import manifest
 from marc_jax.config import UserError
 
-FORMAT = 1
 _LARGEST_LIST = 5
+_KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
 class CheckpointError(UserError):
@@ -102,7 +102,7 @@ def save(
             writer.wait_until_finished()
             writer.close()
             if jax.process_index() == 0:
-                _write_manifest(partial, step, shapes)
+                manifest.write(partial, {"step": step, "leaves": shapes})
                 _commit(partial, final)
                 _forget(directory, keep)
 
@@ -121,7 +121,7 @@ def restore(
 
     Args:
       directory: as given to `save`.
-      abstract: pytree of `jax.ShapeDtypeStruct` (or arrays) of the same paths; a leaf's `.sharding` decides where it goes,
+      abstract: pytree of `jax.ShapeDtypeStruct` (or arrays) of the same paths; a leaf's `.sharding` says where it goes,
         whatever the mesh it was saved from; a leaf without one becomes an uncommitted array on the default device.
       step: None takes the newest step that verifies, and logs a warning for each newer one that does not.
       verify: "full" hashes every file, "size" compares sizes, "off" trusts the disk.
@@ -171,30 +171,11 @@ def latest(directory, verify: str = "full") -> int | None:
 
 def check(directory, step: int, verify: str = "full") -> str | None:
     """What is wrong with a step, naming the file, or None. `verify`: "full", "size" or "off"."""
-    if verify not in ("full", "size", "off"):
-        raise ValueError(f"verify={verify!r}: expected 'full', 'size' or 'off'")
     folder = _directory(directory) / _name(step)
-    if not folder.is_dir():
-        return "does not exist"
-    manifest = _manifest(folder)
-    if isinstance(manifest, str):
-        return manifest
-    if manifest["step"] != step:
-        return f"manifest.json is that of step {manifest['step']}"
-    if verify == "off":
-        return None
-    for name, (size, _) in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-    if verify == "full":
-        hashes = _hashes(folder, list(manifest["files"]))
-        for name, (_, digest) in manifest["files"].items():
-            if hashes[name] != digest:
-                return f"{name} has changed (SHA-256 differs)"
-    return None
+    problem = manifest.problem(folder, verify)
+    if problem is None and manifest.read(folder)["step"] != step:
+        return f"manifest.json is that of step {manifest.read(folder)['step']}"
+    return problem
 
 
 def read_meta(directory, step: int) -> dict:
@@ -207,7 +188,7 @@ def read_meta(directory, step: int) -> dict:
 
 def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, config) -> tuple[Any, dict]:
     folder = directory / _name(step)
-    meta, saved = read_meta(directory, step), _manifest(folder)["leaves"]
+    meta, saved = read_meta(directory, step), manifest.read(folder)["leaves"]
     wanted = _leaves(abstract)
     if problem := _mismatch(saved, wanted, partial):
         keys = _config_difference(meta.get("config"), config)
@@ -241,10 +222,9 @@ def _restore_args(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def _placed(value, x):
     sharding = getattr(x, "sharding", None)
     if _is_key(x):
-        key = jax.random.wrap_key_data(np.asarray(value), impl=jax.random.key_impl(x) if hasattr(x, "devices") else None)
-        if key.dtype != x.dtype:
-            key = jax.random.wrap_key_data(np.asarray(value), impl=str(x.dtype).removeprefix("key<").removesuffix(">"))
-        return key if sharding is None else jax.device_put(key, sharding)
+        wrap = functools.partial(jax.random.wrap_key_data, impl=_KEY_KINDS[str(x.dtype)])
+        # jit, since device_put cannot place a key on the devices of other processes.
+        return wrap(np.asarray(value)) if sharding is None else jax.jit(wrap, out_shardings=sharding)(value)
     return value if sharding is not None else jax.numpy.asarray(value)
 
 
@@ -317,54 +297,13 @@ def _flat(config: Mapping, prefix: str = "config.") -> dict:
     return values
 
 
-def _manifest(folder: pathlib.Path) -> dict | str:
-    """The manifest, or what is wrong with it."""
-    try:
-        text = (folder / "manifest.json").read_text(encoding="utf-8")
-        body, digest = text.rsplit("\n", 1)
-        if hashlib.sha256(body.encode()).hexdigest() != digest:
-            return "manifest.json has changed (SHA-256 differs)"
-        manifest = json.loads(body)
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError) as e:
-        return f"manifest.json cannot be read: {e}"
-    if manifest["format"] != FORMAT:
-        return f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-    return manifest
-
-
-def _write_manifest(folder: pathlib.Path, step: int, shapes: dict) -> None:
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    hashes = _hashes(folder, names, flush=True)
-    files = {name: [(folder / name).stat().st_size, hashes[name]] for name in names}
-    body = json.dumps({"format": FORMAT, "step": step, "leaves": shapes, "files": files}, indent=1)
-    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
-        file.write(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _hashes(folder: pathlib.Path, names: list[str], flush: bool = False) -> dict[str, str]:
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            if flush:
-                os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
 def _commit(partial: pathlib.Path, final: pathlib.Path) -> None:
-    for folder in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
-        _flush_folder(folder)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    _flush_folder(final.parent)
+    manifest.flush_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -374,16 +313,6 @@ def _forget(directory: pathlib.Path, keep: int | None) -> None:
         old = directory / f".{_name(step)}.old"
         (directory / _name(step)).rename(old)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush_folder(folder: pathlib.Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # Some network file systems cannot.
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _name(step: int) -> str:

@@ -37,6 +37,14 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Stopped(Exception):
+    """The run ended early because it was asked to, with its work saved; `exit_code` is the process's."""
+
+    def __init__(self, message: str, exit_code: int = 0):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class ConfigError(UserError):
     """A config file, key or value that cannot be used."""
 
@@ -159,6 +167,9 @@ def run_main(
     """
     try:
         code = _call(main, defaults, list(sys.argv if argv is None else argv))
+    except Stopped as e:
+        print(f"{e}. To resume, run the same command again:\n  {_command()}", file=sys.stderr)
+        code = e.exit_code
     except Exception as e:
         known = _known_error(e)
         if known is None:

@@ -46,7 +46,8 @@ def reduce(metrics: Mapping) -> dict[str, float]:
     """
     host = jax.device_get(dict(metrics))
     values = {}
-    for name, x in host.items():
+    for name in metrics:  # device_get sorts the names; a log keeps them as they were given.
+        x = host[name]
         if isinstance(x, tuple):
             values[name] = float(x[0]) / float(x[1]) if float(x[1]) else math.nan
         else:
@@ -63,7 +64,7 @@ def check_finite(metrics: Mapping, step: int, batch_ids: Iterable = ()) -> None:
       batch_ids: what identifies the rows of the batch, for the message.
     """
     host = jax.device_get(dict(metrics))
-    bad = [name for name, x in host.items() if not np.isfinite(np.asarray(x, np.float64)).all()]
+    bad = [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
     if bad:
         raise NonFiniteError(step, bad, batch_ids)
 
@@ -93,9 +94,7 @@ class Writer:
         _cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter  # 0.2 s, wanted by training alone
-
-            self._board = SummaryWriter(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
+            self._board = _summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping) -> dict[str, float]:
         """Appends one step; returns the values as floats. Raises ValueError unless `step` is after the last one."""
@@ -124,6 +123,19 @@ class Writer:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _summary_writer() -> type:
+    """tensorboardX.SummaryWriter; it imports torch where torch is installed, which a training process must not."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # An import of it now raises ImportError, which tensorboardX expects.
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def read(path) -> list[dict]:

@@ -1,0 +1,64 @@
+"""Stop at a step border: the first SIGTERM or Ctrl-C asks, the second insists."""
+
+import os
+import signal
+import sys
+import threading
+
+import numpy as np
+
+from marc_jax.config import Stopped
+
+
+class Interrupt:
+    """Turns signals into a question the training loop asks once per step.
+
+        with Interrupt() as interrupt:
+            for step in ...:
+                state, metrics = train_step(state, batch)
+                if interrupt.requested():
+                    checkpoint.save(...)
+                    interrupt.stop(step)
+
+    The second signal ends the process at once; a save that was under way leaves only a hidden folder, the earlier
+    steps stay whole. Outside the main thread nothing is installed and nothing is ever requested.
+    """
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)):
+        self.signals = signals
+        self.received: int | None = None
+        self._before: dict = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def requested(self) -> bool:
+        """True once a signal has come. With several processes all answer alike in the same call (a collective)."""
+        import jax
+
+        if jax.process_count() == 1:
+            return self.received is not None
+        from jax.experimental import multihost_utils
+
+        received = multihost_utils.process_allgather(np.int32(self.received or 0))
+        self.received = int(np.max(received)) or None
+        return self.received is not None
+
+    def stop(self, step: int) -> None:
+        """Raises `Stopped` after the state of `step` was saved: exit code 0 after SIGTERM, 130 after Ctrl-C."""
+        raise Stopped(f"stopped after step {step}, which is saved", 130 if self.received == signal.SIGINT else 0)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.received is not None:
+            # os._exit: no clean-up handler may hang. The cursor comes back, a progress bar may have hidden it.
+            os.write(2, b"\x1b[?25h\nstopped at once\n" if sys.stderr.isatty() else b"\nstopped at once\n")
+            os._exit(128 + number)
+        self.received = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
