@@ -7,11 +7,13 @@ Stacked layers carry a leading "layers" axis in every description and are run by
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -31,11 +33,34 @@ class Weight:
     init: str = "normal"
     units: tuple[int, ...] = ()
 
-    def sample(self, key: jax.Array, dtype: Any) -> jax.Array:
-        """A random value; `key` is used by "normal" only."""
-        if self.init == "normal":
-            return (0.02 * jax.random.normal(key, self.shape, jnp.float32)).astype(dtype)
-        return jnp.full(self.shape, {"ones": 1, "zeros": 0}[self.init], dtype)
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+BLOCK = 1024
+
+
+def sample(weights: list[tuple[int, Weight]], key: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Random values of (salt, weight) pairs; a value depends on its own salt and shape only, not on its neighbours.
+
+    Normals come in blocks of 1024, block j of a weight keyed by (salt, j): all of them are one call of the generator,
+    whose compilation would otherwise dominate the start of a small model.
+    """
+    counts = [-(-w.size // BLOCK) if w.init == "normal" else 0 for _, w in weights]
+    salts = np.repeat(np.asarray([s for s, _ in weights], np.uint32), counts)
+    index = np.concatenate([np.arange(c, dtype=np.uint32) for c in counts])
+    if len(index):
+        keys = jax.vmap(lambda s, j: jax.random.fold_in(jax.random.fold_in(key, s), j))(salts, index)
+        blocks = 0.02 * jax.vmap(lambda k: jax.random.normal(k, (BLOCK,), jnp.float32))(keys)
+    out, at = [], 0
+    for (_, w), count in zip(weights, counts, strict=True):
+        if count:
+            out.append(blocks[at : at + count].reshape(-1)[: w.size].reshape(w.shape).astype(dtype))
+            at += count
+        else:
+            out.append(jnp.full(w.shape, {"ones": 1, "zeros": 0}[w.init], dtype))
+    return out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,8 +61,8 @@ def visual_positions(visual: Visual, rule: str, tokens_per_second: float) -> tup
     """Position ids [3, t*h*w] relative to the visual's start, and how many ids it takes.
 
     "published" (transformers <= 4.51, QwenLM's training code): t id = floor(index * second_per_grid *
-    tokens_per_second) in float32, extent = 1 + the largest id of all three axes. "transformers5": second_per_grid is cut to an integer
-    first, extent = max(h, w).
+    tokens_per_second) in float32, extent = 1 + the largest id of all three axes. "transformers5": second_per_grid
+    is cut to an integer first, extent = max(h, w).
     """
     t, h, w = visual.grid
     spg = np.float32(visual.second_per_grid if visual.kind == "video" else 0)

@@ -20,7 +20,7 @@ from marc_jax import sharding
 from marc_jax.models import cache
 from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
-from marc_jax.models.layers import Runtime, Weight
+from marc_jax.models.layers import Runtime, sample
 from marc_jax.models.vision import VisionConfig, VisionTower
 
 __all__ = ["KV", "Config", "ConfigError", "Qwen25VL", "TextConfig", "VisionConfig", "abstract", "bind"]
@@ -32,6 +32,9 @@ SIZES = {
     "32b": {"text": (152064, 5120, 64, 40, 8, 27648, False), "vision": 3456},
     "72b": {"text": (152064, 8192, 80, 64, 8, 29568, False), "vision": 3456},
 }
+
+
+SMALL = 2**26  # parameters; up to here `init` is one program, above it one per leaf (bounded memory)
 
 
 class ConfigError(ValueError):
@@ -123,7 +126,7 @@ def tiny(
 
 
 def _eos(raw: dict, text: dict, folder: pathlib.Path | None) -> tuple[int, ...]:
-    """The set of stop ids: generation_config.json's when there is one, else config.json's plus the pad id."""
+    """The set of stop ids: generation_config.json's when there is one, else config.json's."""
     ids = raw.get("eos_token_id", text.get("eos_token_id"))
     if folder is not None and (folder / "generation_config.json").exists():
         ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id", ids)
@@ -305,13 +308,18 @@ def init(cfg: Config, key: jax.Array, dtype=jnp.float32, mesh=None) -> dict:
     A leaf's key depends on its path only, so its value does not depend on the other leaves.
     """
     weights = describe(cfg)
-
-    def sample(path, weight: Weight):
-        return weight.sample(jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())), dtype)
-
-    make = functools.partial(jax.tree_util.tree_map_with_path, sample, weights)
-    out = None if mesh is None else sharding.shardings(weights, mesh)
-    return jax.jit(make, out_shardings=out)()
+    leaves, tree = jax.tree_util.tree_flatten_with_path(weights)
+    pairs = [(zlib.crc32(jax.tree_util.keystr(path).encode()), w) for path, w in leaves]
+    placed = [None] * len(pairs) if mesh is None else jax.tree.leaves(sharding.shardings(weights, mesh))
+    whole = sum(w.size for _, w in pairs) <= SMALL
+    groups = [list(range(len(pairs)))] if whole else [[i] for i in range(len(pairs))]
+    out: list[Any] = [None] * len(pairs)
+    for group in groups:
+        make = functools.partial(sample, [pairs[i] for i in group], dtype=dtype)
+        make = jax.jit(make, out_shardings=None if mesh is None else [placed[i] for i in group])
+        for i, value in zip(group, make(key), strict=True):
+            out[i] = value
+    return jax.tree.unflatten(tree, out)
 
 
 def abstract(cfg: Config, dtype=jnp.float32, mesh=None) -> dict:

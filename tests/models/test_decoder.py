@@ -1,0 +1,145 @@
+"""Prefill, extend and decode_step are one model: every path gives the hidden states of the full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marc_jax.models import attention, qwen25_vl
+from marc_jax.models.cache import KV
+
+B, P, G, R = 3, 11, 2, 6
+LENGTHS = np.array([11, 7, 4])
+
+
+def _case(kv_heads=2, **kw):
+    cfg = qwen25_vl.tiny(num_layers=3, num_kv_heads=kv_heads, **kw)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda w: ((w.init == "ones") + 0.1 * rng.standard_normal(w.shape)).astype(np.float32), qwen25_vl.describe(cfg)
+    )
+    return {
+        "cfg": cfg,
+        "params": params,
+        "prompt_bp": rng.integers(0, 320, (B, P)),
+        "mask_bp": np.arange(P) < LENGTHS[:, None],
+        "pos_3bp": np.sort(rng.integers(0, 9, (3, B, P)), -1),
+        "suffix_bgr": rng.integers(0, 320, (B, G, R)),
+        "pos_3bgr": np.broadcast_to(10 + np.arange(R), (3, B, G, R)),
+    }
+
+
+def _extend(params, case, mask_bgr=None, prefix=None, **bind):
+    def run(params, prefix):
+        model = qwen25_vl.bind(case["cfg"], params, **bind)
+        if prefix is None:
+            _, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
+        mask = np.ones((B, G, R), bool) if mask_bgr is None else mask_bgr
+        return model.extend(model.embed(case["suffix_bgr"]), case["pos_3bgr"], mask, prefix, case["mask_bp"])
+
+    return jax.jit(run)(params, prefix)
+
+
+def _full(params, case):
+    """The same hidden states with the prompt repeated for every completion: one plain causal pass per row."""
+    tokens, mask = np.zeros((B, G, P + R), int), np.zeros((B, G, P + R), bool)
+    pos = np.zeros((3, B, G, P + R), int)
+    for b, n in enumerate(LENGTHS):
+        mask[b, :, : n + R] = True
+        tokens[b, :, :n], tokens[b, :, n : n + R] = case["prompt_bp"][b, :n], case["suffix_bgr"][b]
+        pos[:, b, :, :n], pos[:, b, :, n : n + R] = case["pos_3bp"][:, b, None, :n], case["pos_3bgr"][:, b]
+
+    def run(params):
+        model = qwen25_vl.bind(case["cfg"], params)
+        flat = (tokens.reshape(B * G, -1), pos.reshape(3, B * G, -1), mask.reshape(B * G, -1))
+        hidden, _ = model.prefill(model.embed(flat[0]), *flat[1:])
+        hidden = hidden.reshape(B, G, P + R, -1)
+        return jnp.stack([hidden[b, :, n : n + R] for b, n in enumerate(LENGTHS)])
+
+    return jax.jit(run)(params)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_extend_equals_the_replicated_forward(kv_heads):
+    case = _case(kv_heads)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(_extend(case["params"], case), _full(case["params"], case), atol=2e-5)
+
+
+def test_extend_gradients_equal_the_replicated_forward():
+    case = _case()
+    target = np.random.default_rng(5).standard_normal((B, G, R, 64))
+    with jax.default_matmul_precision("highest"):
+        shared = jax.grad(lambda p: jnp.sum(_extend(p, case) * target))(case["params"])
+        remat = jax.grad(lambda p: jnp.sum(_extend(p, case, remat=True) * target))(case["params"])
+        replicated = jax.grad(lambda p: jnp.sum(_full(p, case) * target))(case["params"])
+    for path, want in jax.tree_util.tree_leaves_with_path(replicated):
+        for name, grads in (("shared", shared), ("remat", remat)):
+            got = dict(jax.tree_util.tree_leaves_with_path(grads))[path]
+            np.testing.assert_allclose(got, want, atol=1e-4 * (1 + np.abs(want).max()), err_msg=f"{name} {path}")
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_decode_steps_equal_extend_on_a_forced_sequence(unrolled):
+    case = _case()
+
+    @jax.jit
+    def decode(params):
+        model = qwen25_vl.bind(case["cfg"], params)
+        _, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
+        loop = model.unrolled() if unrolled else model
+
+        def step(cache, r):
+            x = jnp.take(model.embed(case["suffix_bgr"]), r, axis=2)
+            pos = jnp.take(jnp.asarray(case["pos_3bgr"]), r, axis=3)
+            hidden, cache = loop.decode_step(x, pos, r, prefix, case["mask_bp"], cache)
+            return cache, hidden
+
+        return jax.lax.scan(step, model.empty_cache(B, G, R), jnp.arange(R))[1]
+
+    with jax.default_matmul_precision("highest"):
+        got = jnp.moveaxis(decode(case["params"]), 0, 2)
+        np.testing.assert_allclose(got, _extend(case["params"], case), atol=2e-5)
+
+
+def test_padding_changes_nothing():
+    case = _case()
+    model = qwen25_vl.bind(case["cfg"], case["params"])
+    hidden, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
+    other = dict(case, prompt_bp=np.where(case["mask_bp"], case["prompt_bp"], 7))
+    hidden2, _ = model.prefill(model.embed(other["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
+    np.testing.assert_array_equal(np.asarray(hidden)[case["mask_bp"]], np.asarray(hidden2)[case["mask_bp"]])
+    mask_bgr = np.broadcast_to(np.arange(R) < 4, (B, G, R))
+    junk = KV(*(jnp.where(case["mask_bp"][None, :, :, None, None], x, 1e3) for x in (prefix.k, prefix.v)))
+    got = _extend(case["params"], case, mask_bgr=mask_bgr, prefix=junk)[:, :, :4]
+    np.testing.assert_allclose(got, _extend(case["params"], case)[:, :, :4], atol=2e-5)
+
+
+def test_attention_reads_key_head_j_over_group():
+    """float64 numpy, query head j reads key head j // (n / k)."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((2, 5, n, 8)) for n in (4, 2, 2))
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
+    got = attention.causal(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), jnp.asarray(mask), "xla")
+    for b in range(2):
+        for i in range(int(mask[b].sum())):
+            for j in range(4):
+                s = k[b, : i + 1, j // 2] @ q[b, i, j] / np.sqrt(8)
+                p = np.exp(s - s.max()) / np.exp(s - s.max()).sum()
+                np.testing.assert_allclose(got[b, i, j], p @ v[b, : i + 1, j // 2], atol=1e-5)
+
+
+def test_visual_tokens_go_where_the_index_says():
+    case = _case()
+    model = qwen25_vl.bind(case["cfg"], case["params"])
+    vis_bnd = np.random.default_rng(0).standard_normal((B, 4, 64)).astype(np.float32)
+    index = np.full((B, P), -1)
+    index[:, 2:6] = np.arange(4)
+    x = np.asarray(model.embed(case["prompt_bp"], vis_bnd, index))
+    np.testing.assert_array_equal(x[:, 2:6], vis_bnd)
+    np.testing.assert_array_equal(x[:, 6:], np.asarray(model.embed(case["prompt_bp"]))[:, 6:])
+
+
+def test_unknown_attention_backend_is_an_error():
+    with pytest.raises(ValueError, match="attention='flash'"):
+        attention.backend("flash", jnp.float32)

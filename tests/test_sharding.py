@@ -1,0 +1,82 @@
+"""The mesh and the axis table: equal logits on every mesh, collisions raise, what does not divide is said."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from marc_jax import sharding
+from marc_jax.models import qwen25_vl
+
+
+def _mesh(data, fsdp, tensor):
+    count = data * fsdp * tensor
+    if len(jax.devices()) < count:
+        pytest.skip(f"needs {count} devices, have {len(jax.devices())}")
+    return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
+def test_logits_are_equal_on_every_mesh(shape):
+    mesh = _mesh(*shape)
+    cfg = qwen25_vl.tiny(num_heads=8, num_kv_heads=2, tie_word_embeddings=False)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 320, (8, 9))
+    patches = rng.standard_normal((8, 16, 1176)).astype(np.float32)
+    index = np.where((np.arange(9) >= 2) & (np.arange(9) < 6), np.arange(9) - 2, -1) * np.ones((8, 1), int)
+
+    def logits(params, tokens, patches):
+        model = qwen25_vl.bind(cfg, params)
+        x = model.embed(tokens, model.vision(patches, (4, 4)), index)
+        pos = np.broadcast_to(np.arange(9), (3, 8, 9))
+        return model.logits(model.prefill(x, pos, np.ones((8, 9), bool))[0])
+
+    params = qwen25_vl.init(cfg, jax.random.key(0))
+    sharded = qwen25_vl.init(cfg, jax.random.key(0), mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, sharded)
+    with jax.default_matmul_precision("highest"):
+        want = jax.jit(logits)(params, tokens, patches)
+        got = jax.jit(logits)(
+            sharded, *(jax.device_put(a, sharding.batch(mesh)) for a in (tokens, patches))
+        )
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_parameters_are_split_as_the_table_says():
+    mesh = _mesh(2, 2, 2)
+    tree = qwen25_vl.abstract(qwen25_vl.tiny(), mesh=mesh)
+    assert tree["text"]["layers"]["attn"]["q"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    assert tree["text"]["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
+    assert tree["text"]["embed"]["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
+def test_two_dimensions_on_one_mesh_axis_raise():
+    with pytest.raises(ValueError, match="'heads' and 'mlp' both map to mesh axis 'tensor'"):
+        sharding.spec(("heads", "mlp"), _mesh(1, 1, 1))
+
+
+def test_an_unknown_logical_axis_raises():
+    with pytest.raises(ValueError, match="unknown logical axis 'head'"):
+        sharding.spec(("head",), _mesh(1, 1, 1))
+
+
+def test_what_does_not_divide_stays_whole_and_is_said(caplog):
+    mesh = _mesh(1, 1, 4)
+    cfg = qwen25_vl.tiny(vocab_size=321)
+    with caplog.at_level(logging.WARNING):
+        tree = qwen25_vl.abstract(cfg, mesh=mesh)
+    assert tree["text"]["embed"]["embedding"].sharding.spec == P(None, "fsdp")
+    # Two key heads of 16 make 32 columns, which would divide; heads may not be cut.
+    assert tree["text"]["layers"]["attn"]["k"]["kernel"].sharding.spec == P(None, "fsdp", None)
+    assert "text/embed/embedding: vocab (321) does not divide over tensor=4; kept whole" in caplog.text
+    paths = {f.path for f in sharding.fallbacks(qwen25_vl.describe(cfg), mesh)}
+    assert "text/layers/attn/k/kernel" in paths and "text/layers/mlp/up/kernel" not in paths
+
+
+def test_a_mesh_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="does not fit"):
+        sharding.make_mesh(3, 1, 1, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="only one axis may be -1"):
+        sharding.make_mesh(-1, -1, 1)
