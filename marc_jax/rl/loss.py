@@ -12,8 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from marc_jax.rl.advantages import AdvantageConfig
-
 Metric = tuple[jax.Array, jax.Array]
 
 AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -22,7 +20,7 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Numerics of the policy loss; `parity` sets a published family at once.
+    """Numerics of the policy loss; `parity.parity` sets a published family at once.
 
     Attributes:
       clip_low, clip_high: the ratio stays in [1 - clip_low, 1 + clip_high]; None switches that side off.
@@ -64,39 +62,6 @@ class LossConfig:
             raise ValueError(f"loss.aggregation = {self.aggregation!r}: choose one of {', '.join(AGGREGATIONS)}")
         if self.dual_clip is not None and self.dual_clip <= 1.0:
             raise ValueError(f"loss.dual_clip = {self.dual_clip}: must be larger than 1")
-
-
-_FAMILIES = {
-    "videor1": (
-        AdvantageConfig(ddof=1, eps=1e-4),
-        LossConfig(clip_low=None, clip_high=None, kl="k3", kl_clamp=10.0, aggregation="grpo", count_empty=True),
-    ),
-    "trl": (AdvantageConfig(ddof=1, eps=1e-4), LossConfig(aggregation="grpo", count_empty=True)),
-    "trl_bias_corrected": (
-        AdvantageConfig(ddof=1, eps=1e-4),
-        LossConfig(kl_bias_corrected=True, aggregation="dapo", count_empty=True),
-    ),
-    "tunix": (AdvantageConfig(ddof=1, eps=1e-6), LossConfig(kl="k1", log_ratio_clamp=20.0, aggregation="grpo")),
-    "verl": (
-        AdvantageConfig(ddof=1, eps=1e-6),
-        LossConfig(dual_clip=3.0, log_ratio_clamp=20.0, kl_clamp=20.0, kl_value_clamp=10.0, aggregation="dapo"),
-    ),
-}
-
-
-def parity(family: str, **overrides) -> tuple[AdvantageConfig, LossConfig]:
-    """Advantage and loss settings of "videor1", "trl" (classic), "trl_bias_corrected" (1.16), "tunix" or "verl".
-
-    `overrides` replace fields of the LossConfig. The KL coefficient is 0.04 in all, also where a family's own
-    default is 0: it is a choice of the experiment, not of the numerics.
-
-    Raises:
-      ValueError: unknown family.
-    """
-    if family not in _FAMILIES:
-        raise ValueError(f"parity {family!r}: choose one of {', '.join(_FAMILIES)}")
-    advantage, loss = _FAMILIES[family]
-    return advantage, dataclasses.replace(loss, **overrides)
 
 
 def kl_divergence(logp_bgr: jax.Array, ref_bgr: jax.Array, config: LossConfig) -> jax.Array:

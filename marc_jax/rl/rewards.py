@@ -88,7 +88,8 @@ def retention_ratio(a_comp_b, a_full_b, config: RetentionConfig = RetentionConfi
     if config.teacher_zero == "floor":
         a_full_b = np.maximum(a_full_b, config.teacher_floor)
     dead_b = a_full_b <= 0
-    eta_b = np.minimum(a_comp_b / np.where(dead_b, 1.0, a_full_b), config.eta_max)
+    with np.errstate(over="ignore"):  # a tiny a_full gives inf, which the cap turns into eta_max
+        eta_b = np.minimum(a_comp_b / np.where(dead_b, 1.0, a_full_b), config.eta_max)
     instead_b = np.where(a_comp_b > 0, config.eta_max, 0.0) if config.teacher_zero == "cap" else np.nan
     return np.where(dead_b, instead_b, eta_b)
 

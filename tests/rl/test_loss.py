@@ -9,7 +9,8 @@ import pytest
 
 from marc_jax.rl import loss
 from marc_jax.rl.advantages import AdvantageConfig, advantages
-from marc_jax.rl.loss import LossConfig, parity, policy_loss
+from marc_jax.rl.loss import LossConfig, policy_loss
+from marc_jax.rl.parity import parity
 
 B, T = np.arange(4.0)[:, None], np.arange(6.0)[None]
 MASK = (T < np.array([6, 4, 2, 3])[:, None])[None]
