@@ -173,11 +173,11 @@ class Asked:
 class Recomposer:
     """Training videos out of a pool of decoded events, and questions about them."""
 
-    def __init__(self, pool: recompose.Pool, row_e: np.ndarray, sizes: Sizes, types, seed: int):
-        self.pool, self.row_e, self.sizes, self.types, self.seed = pool, row_e, sizes, tuple(types), seed
+    def __init__(self, pool: recompose.Pool, row_e: np.ndarray, sizes: Sizes, seed: int):
+        self.pool, self.row_e, self.sizes, self.seed = pool, row_e, sizes, seed
         self.emb_ed = np.zeros((len(row_e), 1), np.float32)
 
-    def draw(self, stage: str, step: int, videos: int, per_video: int, events: tuple[int, int]) -> Asked:
+    def draw(self, stage: str, step: int, videos: int, per_video: int, events: tuple[int, int], types) -> Asked:
         """The videos and questions of one step; the same for the same (seed, stage, step)."""
         rng = np.random.default_rng([self.seed, zlib.crc32(stage.encode()), step])
         ids_be = recompose.recompose(rng, self.pool, tuple(events), videos)
@@ -188,7 +188,7 @@ class Recomposer:
         len_be = np.where(mask_be, self.pool.patches_e[safe_be], 0)
         start_be = np.cumsum(len_be, axis=1) - len_be
         spans = Videos(self.row_e[safe_be], start_be, len_be, mask_be, self.emb_ed[safe_be])
-        types = [t for t in self.types if ask.events_needed(t) <= events[0]]
+        types = [t for t in types if ask.events_needed(t) <= events[0]]
         asked = []
         for row in ids_be:
             scenes = [self.pool.events[i] for i in row if i >= 0]

@@ -54,7 +54,7 @@ def video_path(split: str, index: int) -> str:
 def make_records(seed: int, split: str, index: int, difficulty: Difficulty, per_video: int = 1) -> list[dict]:
     """Video-R1 records of one video. Types take turns over the split, so every type is asked equally often."""
     events = latents(seed, split, index, difficulty)
-    types = [t for t in questions.TYPES if questions.events_needed(t) <= difficulty.events[0]]
+    types = [t for t in difficulty.types if questions.events_needed(t) <= difficulty.events[0]]
     made = []
     for j in range(per_video):
         number = index * per_video + j

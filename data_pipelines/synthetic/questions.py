@@ -12,31 +12,28 @@ import numpy as np
 
 from data_pipelines.synthetic.scenes import COLOURS, DIRECTIONS, LANES, SHAPES, Event
 
-TYPES = ("colour", "shape", "direction", "count", "happened", "total", "order")
+SINGLE = ("colour", "shape", "direction", "count", "happens")
+PAIRS = ("colours", "shapes", "directions", "total", "happened", "order")
+TYPES = SINGLE + PAIRS
 FAMILIES = {
-    "attribute": ("colour", "shape"),
-    "motion": ("direction",),
+    "attribute": ("colour", "shape", "colours", "shapes"),
+    "motion": ("direction", "directions"),
     "counting": ("count", "total"),
     "temporal order": ("order",),
-    "what happened": ("happened",),
+    "what happened": ("happens", "happened"),
 }
 LETTERS = "ABCD"
 CHANCE = {
-    "colour": 1 / 4,
-    "shape": 1 / 4,
-    "direction": 1 / 4,
-    "count": 1 / 3,
-    "happened": 1 / 4,
-    "total": 1 / 5,
-    "order": 1 / 2,
+    **{"colour": 1 / 4, "shape": 1 / 4, "direction": 1 / 4, "count": 1 / 3, "happens": 1 / 4},
+    **{"colours": 1 / 16, "shapes": 1 / 16, "directions": 1 / 16, "total": 1 / 5, "happened": 1 / 16, "order": 1 / 2},
 }
-_CHOICES = {
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "direction": tuple(DIRECTIONS),
-    "happened": tuple(DIRECTIONS),
+# Multiple choice: what is asked, of which attribute, and whether the scene is named by its content.
+_CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS)}
+_ATTRIBUTE = {
+    **{"colour": "colour", "shape": "shape", "direction": "direction", "happens": "direction"},
+    **{"colours": "colour", "shapes": "shape", "directions": "direction", "happened": "direction"},
 }
-_ATTRIBUTE = {"colour": "colour", "shape": "shape", "direction": "direction", "happened": "direction"}
+_BY_CONTENT = ("happens", "happened")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ class Question:
 
 
 def events_needed(question_type: str) -> int:
-    return 2 if question_type in ("total", "order") else 1
+    return 2 if question_type in PAIRS else 1
 
 
 def make_question(
@@ -72,13 +69,13 @@ def make_question(
         raise ValueError(f"a question of type {question_type!r} needs two events, got {len(events)}")
     if question_type == "total":
         needed = _pick_total(rng, tuple([event.count for event in events]))
-    elif question_type == "order":
+    elif question_type in PAIRS:
         first = int(rng.random() * len(events))
         second = int(rng.random() * (len(events) - 1))
         needed = (first, second + (second >= first))
     else:
         needed = (int(rng.random() * len(events)),)
-    choices = _CHOICES.get(question_type)
+    choices = _CHOICES.get(_ATTRIBUTE.get(question_type))
     if choices and options == "shuffled":
         choices = tuple(choices[i] for i in np.argsort(rng.random(len(choices))).tolist())
     return ask(events, question_type, needed, choices)
@@ -91,14 +88,18 @@ def ask(
     event = events[needed[0]]
     place = event.background
     options = ()
-    if question_type in _CHOICES:
-        answer = getattr(event, _ATTRIBUTE[question_type])
-        choices = choices or _CHOICES[question_type]
+    if question_type in _ATTRIBUTE:
+        attribute = _ATTRIBUTE[question_type]
+        choices = choices or _CHOICES[attribute]
         options = _lettered(choices)
-        answer = LETTERS[choices.index(answer)]
-        asked = f"what happens to {event.content}" if question_type == "happened" else f"{question_type} in {place}"
-        problem = f"{asked} ?"
-        think = _caption(event)
+        asked = [events[i] for i in needed]
+        values = [getattr(e, attribute) for e in asked]
+        names = [e.content if question_type in _BY_CONTENT else e.background for e in asked]
+        answer = " ".join(LETTERS[choices.index(value)] for value in values)
+        verb = "what happens to" if question_type in _BY_CONTENT else f"{question_type} in"
+        problem = f"{verb} {' and '.join(names)} ?"
+        pairs = zip(names, values, strict=True)
+        think = _caption(event) if len(asked) == 1 else " ".join(f"{name} {value}" for name, value in pairs)
     elif question_type == "count":
         answer, problem, think = event.count, f"how many in {place} ?", _caption(event)
     elif question_type == "total":

@@ -82,6 +82,7 @@ class Difficulty:
     speed: tuple[int, int] = (3, 5)
     noise: float = 0.0
     options: str = "fixed"
+    types: tuple[str, ...] = ("colours", "shapes", "directions", "total", "happened", "order")
 
     def __post_init__(self):
         contents = len(COLOURS) * len(SHAPES)

@@ -28,7 +28,7 @@ MULTIPLE = 8
 def words() -> list[str]:
     """Every entry in id order, padded with unused entries to a multiple of eight."""
     found = [*SPECIAL, UNKNOWN, *TAGS, *CHAT, *LETTERS, *"0123456789", *HUES, *TEXTURES, *COLOURS, *SHAPES, *DIRECTIONS]
-    found += ["colour", "shape", "direction", *WORDS]
+    found += ["colour", "shape", "direction", "colours", "shapes", "directions", *WORDS]
     found = list(dict.fromkeys(found))
     return found + [f"<unused{i}>" for i in range(-len(found) % MULTIPLE)]
 
