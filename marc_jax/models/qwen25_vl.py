@@ -270,7 +270,9 @@ class Qwen25VL(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab] of normed hidden states [..., D]."""
-        return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = jnp.matmul(flat, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=64)
