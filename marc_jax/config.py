@@ -55,6 +55,11 @@ def define_flags(*, config: str | None = None, workdir: str | None = None) -> No
     flags.DEFINE_string("workdir", workdir, "Directory of the run: checkpoints, metrics, report.")
 
 
+def overrides() -> list[str]:
+    """The --config.KEY=VALUE arguments of this process, in order."""
+    return list(_overrides)
+
+
 def from_flags(defaults: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """The run's config: `defaults`, then the file of --config, then the --config.KEY=VALUE overrides; locked."""
     return load(defaults, flags.FLAGS.config, _overrides)

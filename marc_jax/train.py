@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from marc_jax import config as configs
+from marc_jax import settings
 
 configs.define_flags(workdir="runs/run")
 
@@ -19,8 +20,7 @@ def main() -> None:
     # ---------------------------------------------------------------- config: everything is checked before jax starts
     if not flags.FLAGS.config:
         raise configs.ConfigError("--config=FILE.py is required, e.g. --config=experiments/quickstart.py")
-    config = configs.experiment(flags.FLAGS.config)
-    configs.validate(config)
+    config = settings.experiment(flags.FLAGS.config)
     workdir = Path(flags.FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 
@@ -30,7 +30,7 @@ def main() -> None:
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
 
-    configs.keep(config, workdir / "config.json")
+    settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory

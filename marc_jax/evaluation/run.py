@@ -103,7 +103,7 @@ def _batches(test: TestSet, size: int):
         yield np.where(rows < n, rows, 0), min(size, n - start)
 
 
-def _take(videos: Videos, rows) -> Videos:
+def take(videos: Videos, rows) -> Videos:
     return Videos(*(getattr(videos, f.name)[rows] for f in dataclasses.fields(videos)))
 
 
@@ -134,7 +134,7 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     length = 3 + kept * run.prompter.tokens_per_patch + sizes.question
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):
-            index = _take(test.videos, chosen).index(sizes)
+            index = take(test.videos, chosen).index(sizes)
             records = [test.records[i] for i in chosen]
             texts = [question_text(r["problem"], r["options"]) for r in records]
             prompt = run.prompter.prompts(texts, kept, index.mask_bt.sum(1), length)
@@ -178,7 +178,7 @@ def retrieval(run: Run, test: TestSet) -> dict:
     for k in hits:
         view = views.View(select="retrieve", method="merge", k=k)
         for chosen, real in _batches(test, run.config.eval.batch):
-            index = _take(test.videos, chosen).index(test.sizes)
+            index = take(test.videos, chosen).index(test.sizes)
             query = embed.embed_questions(run.retriever, *queries(run, test, chosen))
             all_b, _ = embed.recall(*views.retrieved(view, index, query), needed[chosen])
             hits[k][chosen[:real]] = np.asarray(all_b)[:real]

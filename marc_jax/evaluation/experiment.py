@@ -1,0 +1,144 @@
+"""From a finished run to its report: all arms answered, scored, compared, drawn."""
+
+import datetime
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from data_pipelines import video
+from marc_jax.batches import question_text
+from marc_jax.evaluation import pictures, report, run, scoring
+from marc_jax.memory import embed
+from marc_jax.memory import view as views
+from marc_jax.models import qwen25_vl
+from marc_jax.run import Run, data_folder
+
+
+def report_on(here: Run, timings: dict, started: float) -> dict:
+    """Answers the held-out questions with every arm and writes `<workdir>/report`. Returns the results."""
+    config, begun = here.config, time.monotonic()
+    sources = run.arm_sources(here)
+    test = memory_of(here, sources)
+    timings["memory"] = time.monotonic() - begun
+    rows = {}
+    for arm, (params, visual) in sources.items():
+        rows[arm] = run.answer_all(here, params, config.eval.arms[arm].view, visual, test, f"eval {arm}")
+    timings["evaluation"] = time.monotonic() - begun - timings["memory"]
+    folder = here.workdir / "report"
+    predictions = {arm: str(run.write_predictions(folder / "predictions", arm, rows[arm])) for arm in rows}
+    samples = draw_samples(here, test, sources, rows, folder)
+    timings["total"] = time.monotonic() - started
+    results = assemble(here, test, rows, timings) | {"predictions": predictions, "samples": samples}
+    written = report.write(folder, results)
+    print(f"report: {written['html']}")
+    return results
+
+
+def memory_of(here: Run, sources) -> run.TestSet:
+    """The indexed test set, by the weights of the teacher arm: what the memory on disk was made with."""
+    params, _ = sources[here.config.eval.teacher]
+    return run.index_test(here, params, pixels=any(visual == "pixels" for _, visual in sources.values()))
+
+
+def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
+    """results.json, see `report` for its schema."""
+    config = here.config
+    apart = tuple(config.eval.apart)
+    tables = scoring.tables(rows, teacher=config.eval.teacher, apart=apart, by_video=config.data.questions_per_video > 1)
+    arms = []
+    for key in rows:
+        arm = config.eval.arms[key]
+        arms.append({"key": key, "label": arm.label or key, "group": arm.group, "note": arm.note, **tables[key]})
+        if key == config.eval.main:
+            arms[-1]["main"] = True
+    return {
+        "title": config.title,
+        "arms": arms,
+        "apart": list(apart),
+        "chance": scoring.chance(rows[config.eval.teacher], apart=apart),
+        "comparisons": compared(rows, config, apart),
+        "retriever": run.retrieval(here, test),
+        "segmentation": run.segmentation(test.found, test.records),
+        "timings": {name: round(seconds, 1) for name, seconds in timings.items()},
+        "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "curves": {name: str(here.workdir / name / "metrics.jsonl") for name in config.stages},
+        "seed": config.seed,
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "command": "python -m marc_jax.train " + " ".join(sys.argv[1:]),
+        "split": f"{len(test.records)} held-out questions on {len(test.found)} videos that no stage has seen",
+        "decoding": f"greedy, at most {config.max_new_tokens} tokens",
+        "config": config.to_dict(),
+    }
+
+
+def compared(rows: dict, config, apart) -> list[dict]:
+    """Paired differences of the main arm against every other arm, on the same questions."""
+    main = config.eval.main
+    if main not in rows:
+        return []
+    by_video = config.data.questions_per_video > 1
+    return [
+        {"a": main, "b": other, **scoring.compare(rows[main], rows[other], apart=apart, by_video=by_video)}
+        for other in rows if other != main
+    ]  # fmt: skip
+
+
+def hardware() -> str:
+    device = jax.devices()[0]
+    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
+    return f"{device.platform} ({kind}), {jax.device_count()} device(s), {os.cpu_count()} CPU cores, jax {jax.__version__}"
+
+
+def draw_samples(here: Run, test: run.TestSet, sources, rows, folder: Path) -> list[dict]:
+    """One picture per question type: frames, events, what was retrieved, what was merged, what each arm said."""
+    arm = here.config.eval.main
+    if arm not in sources:
+        return []
+    seen, made = set(), []
+    for i, record in enumerate(test.records):
+        if record["question_type"] in seen or len(made) >= here.config.eval.pictures:
+            continue
+        seen.add(record["question_type"])
+        said = {here.config.eval.arms[a].label or a: (rows[a][i]["completion"], rows[a][i]["correct"]) for a in rows}
+        path = folder / "samples" / f"{record['question_type']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clip = here.sampling.read(data_folder(here.config, here.workdir) / record["path"])
+        draw(here, path, clip, test, i, sources[arm], here.view(here.config.eval.arms[arm].view), said)
+        made.append({"path": str(path), "caption": f"{record['question_type']}: {record['problem']}"})
+    return made
+
+
+def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, view: views.View, said: dict) -> None:
+    """The picture of question i of the test set as one arm saw it."""
+    record, (params, visual) = test.records[i], source
+    looked = look(here, test, i, params, visual, view)
+    pictures.draw_sample(
+        path, clip.frames, clip.seconds, test.found[record["path"]].event_spans.tolist(),
+        question=question_text(record["problem"], ()), options=record["options"], answers=said,
+        truth=record["solution"].removeprefix("<answer>").removesuffix("</answer>"),
+        needed_events=np.flatnonzero(run.needed_events(test)[i]).tolist(), title=record["path"], **looked,
+    )  # fmt: skip
+
+
+def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View) -> dict:
+    """Retrieved events with similarities, merge weights and the patches they refer to, of one question."""
+    index = run.take(test.videos, np.array([i])).index(test.sizes)
+    query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
+    picked = views.select(view, index, query, np.asarray(test.bank[visual]), test.sizes.event, jax.random.key(0))
+    ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query))
+    scores = np.asarray(index.emb_bed[0] @ np.asarray(query)[0])
+    model = qwen25_vl.bind(here.cfg, params)
+    kept = views.reduce(view, views.to_tokens(model, picked.patches_bsnc, here.grid_hw), picked)
+    real = np.asarray(picked.mask_bs)[0]
+    return {
+        "retrieved_events": {int(e): float(scores[e]) for e, ok in zip(ids, valid, strict=True) if ok},
+        "merge_weights": np.asarray(kept.weights_bkt)[0][np.asarray(kept.mask_bk)[0]][:, real],
+        "merge_patches": np.asarray(picked.t_bs)[0][real].astype(int).tolist(),
+    }

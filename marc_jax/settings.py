@@ -1,0 +1,204 @@
+"""The keys of an experiment: defaults, what a file may set, and every check before anything compiles. No jax here."""
+
+import json
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from marc_jax import config as configs
+from marc_jax.config import ConfigError
+
+SELECT = ("all", "retrieve", "random", "none")
+METHOD = ("keep", "merge", "per_event", "mean", "pooled")
+VISUAL = ("pixels", "features")
+GROUPS = ("teacher", "baseline", "student")
+PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
+
+
+def base() -> ConfigDict:
+    """Every key outside the open groups (views, stages, eval.arms), with its default."""
+    return ConfigDict({
+        "title": "MARC",
+        "seed": 0,
+        "max_new_tokens": 14,
+        "log_every": 20,
+        "save_every": 1000,
+        "stages": ("",),
+        "data": {
+            "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
+            "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
+        },
+        "model": {
+            "vision": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128},
+            "text": {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128},
+        },
+        "eval": {"batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher"},
+    })  # fmt: skip
+
+
+def optimizer() -> ConfigDict:
+    return ConfigDict({
+        "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50, "end_factor": 0.05, "b1": 0.9, "b2": 0.98,
+        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+    })  # fmt: skip
+
+
+def stage(kind: str) -> ConfigDict:
+    """The keys of a stage of this kind. Raises KeyError for an unknown kind."""
+    common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64}
+    trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*")}
+    judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
+    c = ConfigDict(common | {
+        "sft": trained | {"questions": 1, "blind": 0.0},
+        "retriever": {"visual": "features"},
+        "distill": trained | judged,
+        "cgrpo": trained | judged | {"alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2},
+    }[kind])  # fmt: skip
+    c.optimizer = optimizer()
+    return c
+
+
+def view() -> ConfigDict:
+    return ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
+
+
+def arm() -> ConfigDict:
+    return ConfigDict({"stage": "", "view": "full", "label": "", "group": "baseline", "note": ""})
+
+
+def experiment(path: str, overrides=None) -> ConfigDict:
+    """Defaults, then the file, then the command line's overrides; locked and checked.
+
+    Raises ConfigError: an unknown key, a wrong type, an impossible combination; the message names the key.
+    """
+    given = configs.read_file(path)
+    full = base()
+    open_groups = {"views": given.get("views", {}), "arms": given.get("eval", {}).get("arms", {})}
+    names = [name for name in given if isinstance(given[name], ConfigDict) and "kind" in given[name]]
+    full.views, full.eval.arms = ConfigDict(), ConfigDict()
+    for name in open_groups["views"]:
+        full.views[name] = view()
+    for name in open_groups["arms"]:
+        full.eval.arms[name] = arm()
+    for name in names:
+        try:
+            full[name] = stage(given[name].kind)
+        except KeyError:
+            raise ConfigError(
+                f"{path}: config.{name}.kind is {given[name].kind!r}; known: sft, retriever, distill, cgrpo"
+            ) from None
+    configs.merge(full, given, path)
+    config = configs.load(full, None, configs.overrides() if overrides is None else overrides)
+    validate(config)
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Every check across fields. Raises one ConfigError that lists all that is wrong."""
+    wrong = []
+    size, events, patches = config.data.size, config.data.events, config.data.patches
+    if size % 28 or size < 28:
+        wrong.append(f"data.size = {size} must be a multiple of 28 (patch 14, merged 2 x 2)")
+    if len(events) != 2 or not 1 <= events[0] <= events[1]:
+        wrong.append(f"data.events = {events} must be (fewest, most)")
+    if len(patches) != 2 or not 1 <= patches[0] <= patches[1]:
+        wrong.append(f"data.patches = {patches} must be (shortest, longest) event in temporal patches")
+    if config.max_new_tokens < 1 or config.save_every < 1 or config.log_every < 1:
+        wrong.append("max_new_tokens, save_every and log_every must be at least 1")
+    for tower, sizes in (("vision", config.model.vision), ("text", config.model.text)):
+        unit = 4 if tower == "vision" else 2
+        if sizes.hidden_size % (unit * sizes.num_heads):
+            wrong.append(f"model.{tower}.hidden_size must be a multiple of {unit} x num_heads")
+    if config.model.text.num_heads % config.model.text.num_kv_heads:
+        wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
+    wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
+    done: list[str] = []
+    for name in config.stages:
+        wrong += _stage_problems(config, name, done)
+        done.append(name)
+    wrong += [problem for name in config.eval.arms for problem in _arm_problems(config, name, done)]
+    if wrong:
+        raise ConfigError("; ".join(f"config.{problem}" for problem in wrong))
+
+
+def _view_problems(name: str, c) -> list[str]:
+    wrong = []
+    if c.select not in SELECT:
+        wrong.append(f"views.{name}.select = {c.select!r}: choose one of {', '.join(SELECT)}")
+    if c.method not in METHOD:
+        wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
+    if c.method == "per_event" and c.select != "retrieve":
+        wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
+    if min(c.k, c.keep) < 1:
+        wrong.append(f"views.{name}: k and keep must be at least 1")
+    return wrong
+
+
+def _stage_problems(config, name: str, done: list[str]) -> list[str]:
+    if name not in config or "kind" not in config[name]:
+        return [f"stages names {name!r}, which the file does not define"]
+    c, wrong = config[name], []
+
+    def known(field: str) -> None:
+        source = c[field]
+        if source and source not in done and not (Path(source) / "config.json").exists():
+            wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor a folder with a config.json")
+
+    known("init")
+    if c.steps < 1 or c.videos < 1:
+        wrong.append(f"{name}.steps and {name}.videos must be at least 1")
+    if c.events[1] > config.data.events[1]:
+        wrong.append(f"{name}.events = {tuple(c.events)} goes beyond data.events = {tuple(config.data.events)}")
+    if c.visual not in VISUAL:
+        wrong.append(f"{name}.visual = {c.visual!r}: choose one of {', '.join(VISUAL)}")
+    if c.kind == "retriever":
+        return wrong
+    if c.view not in config.views:
+        wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
+    elif config.views[c.view].select == "retrieve" and not any(config[s].kind == "retriever" for s in done if s in config):
+        wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
+    if c.kind in ("distill", "cgrpo"):
+        known("teacher")
+        if c.teacher_view not in config.views:
+            wrong.append(f"{name}.teacher_view = {c.teacher_view!r} is not one of config.views")
+        if c.temperature <= 0:
+            wrong.append(f"{name}.temperature = {c.temperature} must be positive: rollouts are sampled")
+    if c.kind == "cgrpo":
+        if c.group < 2:
+            wrong.append(f"{name}.group = {c.group}: group-relative advantages need at least 2 rollouts")
+        if c.parity not in PARITY:
+            wrong.append(f"{name}.parity = {c.parity!r}: choose one of {', '.join(PARITY)}")
+        if c.alpha < 0 or not 0 <= c.tau <= 1:
+            wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+    return wrong
+
+
+def _arm_problems(config, name: str, done: list[str]) -> list[str]:
+    c, wrong = config.eval.arms[name], []
+    if c.stage not in done:
+        wrong.append(f"eval.arms.{name}.stage = {c.stage!r} is not one of the stages")
+    if c.view not in config.views:
+        wrong.append(f"eval.arms.{name}.view = {c.view!r} is not one of config.views")
+    if c.group not in GROUPS:
+        wrong.append(f"eval.arms.{name}.group = {c.group!r}: choose one of {', '.join(GROUPS)}")
+    return wrong
+
+
+def keep(config: ConfigDict, path: Path) -> None:
+    """Writes the config beside the run; a run that goes on must have been started with the same one, paces aside."""
+    text = configs.to_json(config)
+    if path.exists():
+        before, now = json.loads(path.read_text()), json.loads(text)
+        for c in (before, now):
+            for name in ("log_every", "save_every", "eval", "title"):
+                c.pop(name, None)
+        if before != now:
+            changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+            raise ConfigError(
+                f"{path.parent} was started with another config (different: {', '.join(changed)}); "
+                "choose another --workdir, or remove it"
+            )
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
