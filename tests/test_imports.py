@@ -9,7 +9,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim")
+FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths")
 PURE = (
     "marc_jax.models.rope",
     "marc_jax.memory.retrieve",
@@ -119,7 +119,7 @@ def test_pure_maths_know_only_each_other(name):
 
 def test_the_foundation_imports_no_models_rl_or_data():
     names = modules(
-        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt".split())
+        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt paths".split())
     )
     allowed = (*FOUNDATION, "marc_jax.sharding")
     for module, path in names.items():
@@ -127,9 +127,9 @@ def test_the_foundation_imports_no_models_rl_or_data():
         assert_none(strangers(module, path, allowed))
 
 
-def test_models_import_only_sharding_and_types():
+def test_models_import_only_sharding_paths_and_types():
     for module, path in modules("marc_jax/models").items():
-        allowed = ("marc_jax.models", "marc_jax.sharding", "marc_jax.rl.types")
+        allowed = ("marc_jax.models", "marc_jax.paths", "marc_jax.sharding", "marc_jax.rl.types")
         assert_none(strangers(module, path, allowed))
 
 
