@@ -4,7 +4,7 @@ Two modes everywhere:
   "videor1": the published training rewards with their quirks (rl.md 2.4): the first answer block counts, letters
     compare as whole strings ("B." is not "B"), "3" and "3.0" differ because only one of them has a decimal mark.
   "strict": for people who want the answer judged, not its spelling: exactly one answer block, a choice letter may
-    carry a dot, brackets or its option text, numbers compare as numbers.
+    carry a dot, brackets or its option text, several letters ("B D") compare one by one, numbers as numbers.
 
 Pure Python: no jax, no numpy. Source of the rules: github.com/tulerfeng/Video-R1, src/r1-v/src/open_r1/grpo.py.
 """
