@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from marc_jax import checkpoint, metrics
+from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+SHOWN = ("loss", "accuracy", "reward", "recall@3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ def fit(
     step_fn: Callable,
     pace: Pace,
     *,
-    stop: checkpoint.Interrupt | None = None,
+    stop: Interrupt | None = None,
     meta: dict | None = None,
 ) -> tuple[TrainState, float]:
     """Runs a stage from its newest good checkpoint to its last step.
@@ -43,7 +43,7 @@ def fit(
       state: the initial state; also the restore target (shapes, dtypes, shardings).
       step_fn: (state, step) -> (state, metrics dict); all randomness from (seed, step), so a resumed run repeats nothing
         and skips nothing.
-      stop: signal handler; when it asks, the loop saves at the step border and raises Interrupted.
+      stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`.
       meta: stored beside the arrays (the config, the stage it started from).
 
     Returns:
@@ -71,12 +71,12 @@ def fit(
                 pending = []
                 metrics.check_finite(row, step + 1)
                 writer.write(step + 1, row)
-                progress.update(step + 1, {k: row[k] for k in ("loss", "reward", "kl") if k in row})
-            asked = stop is not None and stop.requested
+                progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
+            asked = stop is not None and stop.requested()
             if (step + 1) % pace.save_every == 0 or last or asked:
                 checkpoint.save(folder, step + 1, state, {"stage": name, **(meta or {})}, keep=pace.keep)
-            if asked and not last:
-                raise Interrupted(f"stopped at step {step + 1} of {name}; saved in {folder}")
+            if asked:
+                stop.stop(step + 1)
     return state, time.monotonic() - started
 
 

@@ -16,6 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from data_pipelines.patches import PATCH_MEAN, PATCH_STD
 from marc_jax.baselines import mean, pooled
 from marc_jax.memory import compress, retrieve
 from marc_jax.rl.types import PromptBatch
@@ -54,12 +55,13 @@ class View:
         return {"all": max_patches, "retrieve": self.k * max_event, "random": 1, "none": 0}[self.select]
 
     def kept(self, max_patches: int, max_event: int) -> int:
-        """K, the static number of temporal patches' worth of tokens that reach the decoder."""
+        """K, the static number of temporal patches' worth of tokens in the prompt (a blind one keeps one, masked)."""
         if self.method == "keep":
-            return self.patches(max_patches, max_event)
+            return max(self.patches(max_patches, max_event), 1)
         if self.method == "per_event":
             return self.k
         return {"merge": self.keep, "mean": 1, "pooled": 1}[self.method]
+
 
 
 @jax.tree_util.register_dataclass
@@ -128,11 +130,16 @@ def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_eve
     return Visual(bank_nnc[rows_bs], mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32))
 
 
+def normalise(pixels_snc):
+    """uint8 pixel patches -> what the vision tower was trained on; `data_pipelines.patches` on the device."""
+    return (pixels_snc.astype(jnp.float32) / 255 - PATCH_MEAN) / PATCH_STD
+
+
 def to_tokens(model, patches_bsnc, grid_hw):
     """Visual tokens [B, S, p, D] of uint8 pixel patches, or of features that the tower already computed."""
     b, s, n, c = patches_bsnc.shape
     flat = patches_bsnc.reshape(b * s, n, c)
-    tokens = model.vision(model.normalize(flat), grid_hw) if flat.dtype == jnp.uint8 else model.merge_features(flat)
+    tokens = model.vision(normalise(flat), grid_hw) if flat.dtype == jnp.uint8 else model.merge_features(flat)
     return tokens.reshape(b, s, *tokens.shape[1:])
 
 
@@ -162,7 +169,9 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
 
     def encode(model, visual: Visual, prompt: PromptBatch):
         if view.select == "none":
-            return None, prompt
+            b, n = prompt.tokens_bp.shape[0], grid_hw[0] * grid_hw[1] // 4
+            blind = jnp.zeros((b, n, model.cfg.text.hidden_size))
+            return blind, dataclasses.replace(prompt, mask_bp=prompt.mask_bp & (prompt.vis_index_bp < 0))
         kept = reduce(view, to_tokens(model, visual.patches_bsnc, grid_hw), visual)
         b, k, p, d = kept.tokens_bkpd.shape
         t_bk = jnp.einsum("bks,bs->bk", kept.weights_bkt, visual.t_bs)

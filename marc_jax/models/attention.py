@@ -38,9 +38,77 @@ def _cudnn(q, k, v, *, causal=False, lengths=None):
     return out[:, :length]
 
 
-def _scores(q_blkgh, k_bskh):
-    scale = q_blkgh.shape[-1] ** -0.5
-    return jnp.einsum("blkgh,bskh->bklgs", q_blkgh * scale, k_bskh, preferred_element_type=jnp.float32)
+def _products(q_bkgxh, own_bkgrh, prefix_bkph, ok_bgxr, ok_bp):
+    """Masked scores of queries (scaled) with their own block of keys and, if any, the prefix's; float32."""
+    own = jnp.einsum("bkgxh,bkgrh->bkgxr", q_bkgxh, own_bkgrh, preferred_element_type=jnp.float32)
+    own = jnp.where(ok_bgxr[:, None], own, NEG)
+    if prefix_bkph is None:
+        return own, None
+    prefix = jnp.einsum("bkgxh,bkph->bkgxp", q_bkgxh, prefix_bkph, preferred_element_type=jnp.float32)
+    return own, jnp.where(ok_bp[:, None, None, None, :], prefix, NEG)
+
+
+@jax.custom_vjp
+def _joint(q_bkgxh, k_own, v_own, k_prefix, v_prefix, ok_bgxr, ok_bp):
+    """softmax over [prefix | own] keys, times their values; all arrays batch-major so that every product is a matmul.
+
+    Axis x holds every query of (b, k, g): positions times the query heads of one key head. k_own, v_own [b, k, g, r,
+    h]; k_prefix, v_prefix [b, k, p, h] or None. The backward pass recomputes probabilities from the saved
+    log-sum-exp (as flash attention does) and holds each intermediate once: left to itself, XLA fuses the exponential
+    into every matmul operand that reads it and computes it again, transposed.
+    """
+    return _joint_forward(q_bkgxh, k_own, v_own, k_prefix, v_prefix, ok_bgxr, ok_bp)[0]
+
+
+def _joint_forward(q, k_own, v_own, k_prefix, v_prefix, ok_bgxr, ok_bp):
+    own, prefix = _products(q, k_own, k_prefix, ok_bgxr, ok_bp)
+    top = own.max(-1) if prefix is None else jnp.maximum(own.max(-1), prefix.max(-1))
+    own = jax.lax.optimization_barrier(jnp.exp(own - top[..., None]))
+    total = own.sum(-1)
+    out = jnp.einsum("bkgxr,bkgrh->bkgxh", own.astype(q.dtype), v_own, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        prefix = jax.lax.optimization_barrier(jnp.exp(prefix - top[..., None]))
+        total += prefix.sum(-1)
+        out += jnp.einsum("bkgxp,bkph->bkgxh", prefix.astype(q.dtype), v_prefix, preferred_element_type=jnp.float32)
+    out = (out / total[..., None]).astype(q.dtype)
+    return out, (q, k_own, v_own, k_prefix, v_prefix, ok_bgxr, ok_bp, out, top + jnp.log(total))
+
+
+def _joint_backward(saved, d_out):
+    q, k_own, v_own, k_prefix, v_prefix, ok_bgxr, ok_bp, out, lse = saved
+    own, prefix = _products(q, k_own, k_prefix, ok_bgxr, ok_bp)
+    delta = jnp.sum((d_out * out).astype(jnp.float32), -1)[..., None]
+
+    def block(scores, k, v, keys):  # keys: the axes of k and v in einsum letters
+        s = keys[-2]
+        p = jax.lax.optimization_barrier(jnp.exp(scores - lse[..., None]).astype(q.dtype))
+        d_p = jnp.einsum(f"bkgxh,{keys}->bkgx{s}", d_out, v, preferred_element_type=jnp.float32)
+        d_s = jax.lax.optimization_barrier((p * (d_p - delta)).astype(q.dtype))
+        d_v = jnp.einsum(f"bkgx{s},bkgxh->{keys}", p, d_out)
+        d_k = jnp.einsum(f"bkgx{s},bkgxh->{keys}", d_s, q)
+        return jnp.einsum(f"bkgx{s},{keys}->bkgxh", d_s, k), d_k, d_v
+
+    d_q, dk_own, dv_own = block(own, k_own, v_own, "bkgrh")
+    if prefix is None:
+        return d_q, dk_own, dv_own, None, None, None, None
+    more, dk_prefix, dv_prefix = block(prefix, k_prefix, v_prefix, "bkph")
+    return d_q + more, dk_own, dv_own, dk_prefix, dv_prefix, None, None
+
+
+_joint.defvjp(_joint_forward, _joint_backward)
+
+
+def _rows(q_bgrnh: jax.Array, kv: int) -> jax.Array:
+    """Scaled queries [b, g, r, n, h] -> [b, k, g, x = r * m, h]: the m = n / k heads of a key head side by side."""
+    b, g, r, n, h = q_bgrnh.shape
+    q = (q_bgrnh * h**-0.5).reshape(b, g, r, kv, n // kv, h)
+    return q.transpose(0, 3, 1, 2, 4, 5).reshape(b, kv, g, r * (n // kv), h)
+
+
+def _unrows(out_bkgxh: jax.Array, r: int) -> jax.Array:
+    """[b, k, g, r * m, h] -> [b, g, r, n, h]."""
+    b, kv, g, x, h = out_bkgxh.shape
+    return out_bkgxh.reshape(b, kv, g, r, x // r, h).transpose(0, 2, 3, 1, 4, 5).reshape(b, g, r, kv * (x // r), h)
 
 
 def bidirectional(q_blnh: jax.Array, k_blnh: jax.Array, v_blnh: jax.Array, impl: str, lengths=None) -> jax.Array:
@@ -67,13 +135,16 @@ def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
         return _cudnn(q_blnh, k_blkh, v_blkh, causal=True, lengths=jnp.sum(mask_bl, -1, dtype=jnp.int32))
-    b, length, n, h = q_blnh.shape
-    q = q_blnh.reshape(b, length, k_blkh.shape[2], -1, h)
-    order = jnp.arange(length)
-    ok_bls = (order[:, None] >= order[None, :]) & mask_bl[:, None, :]
-    scores = jnp.where(ok_bls[:, None, :, None, :], _scores(q, k_blkh), NEG)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v_blkh.dtype)
-    return jnp.einsum("bklgs,bskh->blkgh", probs, v_blkh).reshape(b, length, n, h)
+    kv, length = k_blkh.shape[2], q_blnh.shape[1]
+    keys, values = (a[:, None].transpose(0, 3, 1, 2, 4) for a in (k_blkh, v_blkh))
+    ok = _causal_mask(mask_bl[:, None], q_blnh.shape[2] // kv)
+    return _unrows(_joint(_rows(q_blnh[:, None], kv), keys, values, None, None, ok, None), length)[:, 0]
+
+
+def _causal_mask(mask_bgr: jax.Array, heads: int) -> jax.Array:
+    """[b, g, x = r * heads, r]: key not masked and not after the query."""
+    order = jnp.arange(mask_bgr.shape[-1])
+    return (jnp.repeat(order, heads)[:, None] >= order) & mask_bgr[:, :, None, :]
 
 
 def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp) -> jax.Array:
@@ -85,45 +156,32 @@ def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_ma
     The prefix block is one matmul per (prompt, key head) whose rows are all G x R queries: the prefix is read once,
     never repeated G times. The blocks share one maximum and one sum.
     """
-    b, g, r, n, h = q_bgrnh.shape
-    kv = k_bpkh.shape[2]
-    q = (q_bgrnh * h**-0.5).reshape(b, g, r, kv, n // kv, h)
-    prefix = jnp.einsum("bgrkmh,bpkh->bkgrmp", q, k_bpkh, preferred_element_type=jnp.float32)
-    prefix = jnp.where(prefix_mask_bp[:, None, None, None, None, :], prefix, NEG)
-    own = jnp.einsum("bgrkmh,bgskh->bgkrms", q, k_bgrkh, preferred_element_type=jnp.float32)
-    order = jnp.arange(r)
-    ok_bgrs = (order[:, None] >= order[None, :]) & mask_bgr[:, :, None, :]
-    own = jnp.where(ok_bgrs[:, :, None, :, None, :], own, NEG)
-    top = jnp.maximum(prefix.max(-1), own.max(-1).swapaxes(1, 2))
-    top = jax.lax.stop_gradient(top)  # [b, k, g, r, m]
-    prefix = jnp.exp(prefix - top[..., None])
-    own = jnp.exp(own - top.swapaxes(1, 2)[..., None])
-    total = prefix.sum(-1).swapaxes(1, 2) + own.sum(-1)  # [b, g, k, r, m]
-    out = jnp.einsum("bkgrmp,bpkh->bgrkmh", prefix.astype(v_bpkh.dtype), v_bpkh, preferred_element_type=jnp.float32)
-    out += jnp.einsum("bgkrms,bgskh->bgrkmh", own.astype(v_bgrkh.dtype), v_bgrkh, preferred_element_type=jnp.float32)
-    out = out / total.transpose(0, 1, 3, 2, 4)[..., None]
-    return out.astype(q_bgrnh.dtype).reshape(b, g, r, n, h)
+    kv, r = k_bpkh.shape[2], q_bgrnh.shape[2]
+    own = (a.transpose(0, 3, 1, 2, 4) for a in (k_bgrkh, v_bgrkh))
+    prefix = (a.transpose(0, 2, 1, 3) for a in (k_bpkh, v_bpkh))
+    ok = _causal_mask(mask_bgr, q_bgrnh.shape[3] // kv)
+    return _unrows(_joint(_rows(q_bgrnh, kv), *own, *prefix, ok, prefix_mask_bp), r)
 
 
-def prefix_step(q_bgnh, k_bgkh, v_bgkh, k_bgrkh, v_bgrkh, index, k_bpkh, v_bpkh, prefix_mask_bp) -> jax.Array:
+def prefix_step(q_bgnh, k_bgkh, v_bgkh, k_bkgrh, v_bkgrh, index, k_bkph, v_bkph, prefix_mask_bp) -> jax.Array:
     """One decoding step: prefix keys, cache slots before `index`, and the token itself. -> [b, g, n, h].
 
-    The new key takes part directly, so the cache can be written once for all layers after the step.
+    The new key takes part directly, so the cache can be written once for all layers after the step. Cache and prefix
+    come with the key head before the position: every product is then a plain batched matmul.
     """
     b, g, n, h = q_bgnh.shape
-    kv = k_bpkh.shape[2]
-    q = (q_bgnh * h**-0.5).reshape(b, g, kv, n // kv, h)
-    prefix = jnp.einsum("bgkmh,bpkh->bkgmp", q, k_bpkh, preferred_element_type=jnp.float32)
-    prefix = jnp.where(prefix_mask_bp[:, None, None, None, :], prefix, NEG)
-    past = jnp.einsum("bgkmh,bgrkh->bgkmr", q, k_bgrkh, preferred_element_type=jnp.float32)
+    kv = k_bkph.shape[1]
+    q = _rows(q_bgnh[:, :, None], kv)  # [b, k, g, m, h]
+    new_k, new_v = (a.swapaxes(1, 2)[:, :, :, None] for a in (k_bgkh, v_bgkh))  # [b, k, g, 1, h]
+    past = jnp.einsum("bkgmh,bkgrh->bkgmr", q, k_bkgrh, preferred_element_type=jnp.float32)
     past = jnp.where(jnp.arange(past.shape[-1]) < index, past, NEG)
-    own = jnp.sum((q * k_bgkh[:, :, :, None]).astype(jnp.float32), -1)  # [b, g, k, m]
-    top = jnp.maximum(jnp.maximum(prefix.max(-1).swapaxes(1, 2), past.max(-1)), own)
-    prefix = jnp.exp(prefix - top.swapaxes(1, 2)[..., None])
-    past = jnp.exp(past - top[..., None])
-    own = jnp.exp(own - top)
-    total = prefix.sum(-1).swapaxes(1, 2) + past.sum(-1) + own
-    out = jnp.einsum("bkgmp,bpkh->bgkmh", prefix.astype(v_bpkh.dtype), v_bpkh, preferred_element_type=jnp.float32)
-    out += jnp.einsum("bgkmr,bgrkh->bgkmh", past.astype(v_bgrkh.dtype), v_bgrkh, preferred_element_type=jnp.float32)
-    out += own[..., None] * v_bgkh[:, :, :, None].astype(jnp.float32)
-    return (out / total[..., None]).astype(q_bgnh.dtype).reshape(b, g, n, h)
+    prefix = jnp.einsum("bkgmh,bkph->bkgmp", q, k_bkph, preferred_element_type=jnp.float32)
+    prefix = jnp.where(prefix_mask_bp[:, None, None, None, :], prefix, NEG)
+    own = jnp.sum((q * new_k).astype(jnp.float32), -1)
+    top = jnp.maximum(jnp.maximum(prefix.max(-1), past.max(-1)), own)
+    prefix, past, own = jnp.exp(prefix - top[..., None]), jnp.exp(past - top[..., None]), jnp.exp(own - top)
+    total = prefix.sum(-1) + past.sum(-1) + own
+    out = jnp.einsum("bkgmp,bkph->bkgmh", prefix.astype(q.dtype), v_bkph, preferred_element_type=jnp.float32)
+    out += jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(q.dtype), v_bkgrh, preferred_element_type=jnp.float32)
+    out += own[..., None] * new_v.astype(jnp.float32)
+    return _unrows((out / total[..., None]).astype(q_bgnh.dtype), 1).reshape(b, g, n, h)

@@ -140,5 +140,7 @@ class Decoder(nnx.Module):
             pre, old = mine
             return attention.prefix_step(q, k, v, old.k, old.v, index, pre.k, pre.v, prefix_mask_bp)
 
+        # Of the same arrays at every step, so XLA moves the transposition out of the decoding loop.
+        prefix = jax.tree.map(lambda a: a.swapaxes(2, 3), prefix)
         x, k, v = self._run(x_bgd.astype(self.runtime.dtype), pos_3bg, attend, (prefix, past))
         return x, cache.write(past, k, v, index)

@@ -154,9 +154,15 @@ def config_from_hf(source: dict | str | pathlib.Path) -> Config:
     kind = raw.get("model_type")
     if kind != "qwen2_5_vl":
         raise ConfigError(f"{name}: model_type is {kind!r}, expected 'qwen2_5_vl'")
-    text, vis = raw.get("text_config") or raw, raw.get("vision_config") or {}
-    rope_cfg = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    try:
+        return _config(raw, name, folder)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{name}: {e}") from None
 
+
+def _config(raw: dict, name: str, folder: pathlib.Path | None) -> Config:
     def get(section: dict, where: str, *keys: str):
         for key in keys:
             if section.get(key) is not None:
@@ -166,51 +172,40 @@ def config_from_hf(source: dict | str | pathlib.Path) -> Config:
     def top(key: str, default):
         return raw[key] if raw.get(key) is not None else default
 
-    try:
-        hidden, heads = get(text, "", "hidden_size"), get(text, "", "num_attention_heads")
-        text_cfg = TextConfig(
-            vocab_size=get(text, "", "vocab_size"),
-            hidden_size=hidden,
-            num_layers=get(text, "", "num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=get(text, "", "num_key_value_heads"),
-            head_dim=text.get("head_dim") or hidden // heads,
-            intermediate_size=get(text, "", "intermediate_size"),
-            rope_theta=float(get(rope_cfg | {"rope_theta": rope_cfg.get("rope_theta") or text.get("rope_theta")},
-                                 "", "rope_theta")),
-            mrope_section=tuple(get(rope_cfg, "rope_scaling.", "mrope_section")),
-            rms_norm_eps=get(text, "", "rms_norm_eps"),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        )
-        where = "vision_config."
-        vision_cfg = VisionConfig(
-            depth=get(vis, where, "depth"),
-            hidden_size=get(vis, where, "hidden_size"),
-            num_heads=get(vis, where, "num_heads"),
-            intermediate_size=get(vis, where, "intermediate_size"),
-            out_hidden_size=get(vis, where, "out_hidden_size"),
-            patch_size=get(vis, where, "patch_size"),
-            temporal_patch_size=get(vis, where, "temporal_patch_size"),
-            spatial_merge_size=get(vis, where, "spatial_merge_size"),
-            window_size=get(vis, where, "window_size"),
-            fullatt_block_indexes=tuple(get(vis, where, "fullatt_block_indexes")),
-            in_channels=get(vis, where, "in_chans", "in_channels"),
-        )
-        return Config(
-            text_cfg,
-            vision_cfg,
-            image_token_id=top("image_token_id", 151655),
-            video_token_id=top("video_token_id", 151656),
-            vision_start_token_id=top("vision_start_token_id", 151652),
-            vision_end_token_id=top("vision_end_token_id", 151653),
-            pad_token_id=top("pad_token_id", text.get("pad_token_id") or top("bos_token_id", 151643)),
-            eos_token_ids=_eos(raw, text, folder),
-            tokens_per_second=float(get(vis, where, "tokens_per_second")),
-        )
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"{name}: {e}") from None
+    text, vis = raw.get("text_config") or raw, raw.get("vision_config") or {}
+    rope_cfg = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    hidden, heads = get(text, "", "hidden_size"), get(text, "", "num_attention_heads")
+    text_cfg = TextConfig(
+        vocab_size=get(text, "", "vocab_size"),
+        hidden_size=hidden,
+        num_layers=get(text, "", "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=get(text, "", "num_key_value_heads"),
+        head_dim=text.get("head_dim") or hidden // heads,
+        intermediate_size=get(text, "", "intermediate_size"),
+        rope_theta=float(rope_cfg.get("rope_theta") or get(text, "", "rope_theta")),
+        mrope_section=tuple(get(rope_cfg, "rope_scaling.", "mrope_section")),
+        rms_norm_eps=get(text, "", "rms_norm_eps"),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+    )
+    names = [f.name for f in dataclasses.fields(VisionConfig) if f.name not in ("in_channels", "fullatt_block_indexes")]
+    where = "vision_config."
+    vision_cfg = VisionConfig(
+        **{key: get(vis, where, key) for key in names},
+        fullatt_block_indexes=tuple(get(vis, where, "fullatt_block_indexes")),
+        in_channels=get(vis, where, "in_chans", "in_channels"),
+    )
+    return Config(
+        text_cfg,
+        vision_cfg,
+        image_token_id=top("image_token_id", 151655),
+        video_token_id=top("video_token_id", 151656),
+        vision_start_token_id=top("vision_start_token_id", 151652),
+        vision_end_token_id=top("vision_end_token_id", 151653),
+        pad_token_id=top("pad_token_id", text.get("pad_token_id") or top("bos_token_id", 151643)),
+        eos_token_ids=_eos(raw, text, folder),
+        tokens_per_second=float(get(vis, where, "tokens_per_second")),
+    )
 
 
 class Qwen25VL(nnx.Module):
@@ -270,7 +265,9 @@ class Qwen25VL(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab] of normed hidden states [..., D]."""
-        return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = jnp.matmul(flat, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
 
 
 @functools.lru_cache(maxsize=64)

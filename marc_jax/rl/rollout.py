@@ -94,7 +94,8 @@ def prefill(model, vis_bnd: jax.Array | None, prompt: PromptBatch) -> Prefix:
     """Runs B prompts through the decoder once; gradients flow through it into the visual tokens."""
     x_bpd = model.embed(prompt.tokens_bp, vis_bnd, None if vis_bnd is None else prompt.vis_index_bp)
     hidden_bpd, cache = model.prefill(x_bpd, prompt.pos_3bp, prompt.mask_bp)
-    last_b = jnp.maximum(prompt.mask_bp.sum(axis=1) - 1, 0)
+    # The last real token, not the number of them: a compressed view may leave visual slots empty (masked holes).
+    last_b = jnp.where(prompt.mask_bp, jnp.arange(prompt.mask_bp.shape[1]), 0).max(axis=1)
     last_bd = jnp.take_along_axis(hidden_bpd, last_b[:, None, None], axis=1)[:, 0]
     return Prefix(last_bd, cache, prompt.mask_bp, prompt.next_pos_b)
 

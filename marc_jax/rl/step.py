@@ -1,8 +1,8 @@
 """Training steps as pure functions (state, batch, ...) -> (state, metrics): SFT, C-GRPO, on-policy distillation.
 
 Each `make_*_step` closes over what is static (model configuration, how visual tokens are made, optimizer, numerics);
-jit the result. What a model looks at is opaque here: `encode(model, visual) -> vis_bnd` turns it into visual tokens,
-flattening all patches for a teacher, selecting and compressing for a student. Every prompt is prefilled once and
+jit the result. What a model looks at is opaque here: `encode(model, visual, prompt) -> (vis_bnd, prompt)` turns it into
+visual tokens, all patches for a teacher, compressed ones for a student, and puts them at their place in the prompt. Every prompt is prefilled once and
 shared by its completions, and gradients flow through that prefix into the visual tokens.
 
 Losses are (sum, count) over the whole batch: with `micro_batches` = n the batch is cut into n parts along B, sums of
@@ -25,24 +25,29 @@ from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import Completions, PromptBatch
 from marc_jax.state import TrainState
 
-Encode = Callable[[Any, Any], jax.Array | None]
+Encode = Callable[[Any, Any, PromptBatch], tuple[jax.Array | None, PromptBatch]]
 Metrics = dict[str, Metric | jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SFTBatch:
-    """Prompts with one target each; `visual` is what `encode` takes, every leaf with B as its leading axis.
+    """Prompts with G continuations each; `visual` is what `encode` takes, every leaf with B as its leading axis.
+
+    Several questions about one video share its prompt, cut behind the last visual token: the rest of each question
+    then belongs to its continuation and stands in `mask_bgr` but not in `train_bgr`.
 
     Attributes:
-      tokens_br: int32 [B, R]; the target, its stop token included.
-      mask_br: bool [B, R]; only these tokens are trained on. A row without any is ignored.
+      tokens_bgr: int32 [B, G, R]; the target ends with its stop token.
+      mask_bgr: bool [B, G, R]; real tokens.
+      train_bgr: bool [B, G, R]; only these tokens are trained on. A row without any is ignored.
     """
 
     prompt: PromptBatch
     visual: Any
-    tokens_br: jax.Array
-    mask_br: jax.Array
+    tokens_bgr: jax.Array
+    mask_bgr: jax.Array
+    train_bgr: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +108,7 @@ def make_sampler(cfg, encode: Encode, how: Sampling, **bind) -> Callable:
 
     def run(params: dict, prompt: PromptBatch, visual: Any, keys_bg: jax.Array) -> Completions:
         model = qwen25_vl.bind(cfg, params, **bind)
-        return rollout.decode(model, rollout.prefill(model, encode(model, visual), prompt), keys_bg, how)
+        return rollout.decode(model, rollout.prefill(model, *encode(model, visual, prompt)), keys_bg, how)
 
     return run
 
@@ -123,7 +128,7 @@ def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micr
 
     Args:
       cfg: the model's configuration.
-      encode: visual -> visual tokens.
+      encode: (model, visual, prompt) -> (visual tokens, prompt).
       tx: the optax chain.
       micro_batches: parts the batch is cut into; must divide B.
       chunk: positions of R whose logits exist at once; None chooses by size.
@@ -135,12 +140,12 @@ def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micr
 
     def objective(params, batch: SFTBatch):
         model = qwen25_vl.bind(cfg, params, **bind)
-        prefix = rollout.prefill(model, encode(model, batch.visual), batch.prompt)
-        target = Completions(batch.tokens_br[:, None], batch.mask_br[:, None], jnp.zeros(()))
+        prefix = rollout.prefill(model, *encode(model, batch.visual, batch.prompt))
+        target = Completions(batch.tokens_bgr, batch.mask_bgr, jnp.zeros(()))
         stats = rollout.score_prefix(model, prefix, target, chunk=chunk)
-        tokens = batch.mask_br.sum()
-        metrics = {"mean_token_accuracy": (stats.hit.sum(), tokens), "entropy": (stats.entropy.sum(), tokens)}
-        return (-stats.logp.sum(), tokens), metrics
+        tokens = batch.train_bgr.sum()
+        logp, hit, entropy = (jnp.where(batch.train_bgr, x, 0.0).sum() for x in (stats.logp, stats.hit, stats.entropy))
+        return (-logp, tokens), {"mean_token_accuracy": (hit, tokens), "entropy": (entropy, tokens)}
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
         return _update(state, tx, objective, batch, micro_batches)
@@ -194,7 +199,7 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
 
     Args:
       cfg, encode, tx, how, micro_batches, chunk, **bind: as for `make_grpo_step`.
-      encode_teacher: the teacher's visual -> visual tokens.
+      encode_teacher: the same for the teacher's view.
       config: the divergence.
 
     Returns:
@@ -205,8 +210,10 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
     def objective(params, batch: DistillBatch, teacher):
         done, mask_bgr = batch.completions, batch.completions.mask_bgr
         student_model, teacher_model = (qwen25_vl.bind(cfg, p, **bind) for p in (params, teacher))
-        student = rollout.prefill(student_model, encode(student_model, batch.visual), batch.prompt)
-        full = rollout.prefill(teacher_model, encode_teacher(teacher_model, batch.teacher_visual), batch.teacher_prompt)
+        student = rollout.prefill(student_model, *encode(student_model, batch.visual, batch.prompt))
+        full = rollout.prefill(
+            teacher_model, *encode_teacher(teacher_model, batch.teacher_visual, batch.teacher_prompt)
+        )
         tokens = mask_bgr.sum()
         stats = None
         if config.kind == "sampled":
@@ -235,7 +242,7 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
 
 
 def _token_stats(model, encode, prompt, visual, completions, how: Sampling, chunk) -> logprob.TokenStats:
-    prefix = rollout.prefill(model, encode(model, visual), prompt)
+    prefix = rollout.prefill(model, *encode(model, visual, prompt))
     return rollout.score_prefix(
         model, prefix, completions, temperature=how.score_temperature, banned_ids=how.banned_ids, chunk=chunk
     )

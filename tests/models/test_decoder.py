@@ -129,6 +129,48 @@ def test_attention_reads_key_head_j_over_group():
                 np.testing.assert_allclose(got[b, i, j], p @ v[b, : i + 1, j // 2], atol=1e-5)
 
 
+def _plain_joint(q_bgrnh, k, v, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp):
+    """One softmax over repeated keys, prefix copied to every completion: what the shared form must equal."""
+    b, g, r, n, h = q_bgrnh.shape
+    p, heads = k_bpkh.shape[1], n // k.shape[3]
+    keys, values = (
+        jnp.repeat(jnp.concatenate([jnp.broadcast_to(a[:, None], (b, g, *a.shape[1:])), c], 2), heads, 3)
+        for a, c in ((k_bpkh, k), (v_bpkh, v))
+    )
+    ok = jnp.concatenate(
+        [
+            jnp.broadcast_to(prefix_mask_bp[:, None, None], (b, g, r, p)),
+            jnp.tril(jnp.ones((r, r), bool)) & mask_bgr[:, :, None],
+        ],
+        -1,
+    )
+    scores = jnp.einsum("bgrnh,bgsnh->bgnrs", q_bgrnh, keys) / h**0.5
+    return jnp.einsum("bgnrs,bgsnh->bgrnh", jax.nn.softmax(jnp.where(ok[:, :, None], scores, -1e30), -1), values)
+
+
+def test_shared_prefix_attention_and_its_gradients_equal_one_plain_softmax():
+    rng = np.random.default_rng(4)
+    shapes = [(B, G, R, 4, 8), (B, G, R, 2, 8), (B, G, R, 2, 8), (B, P, 2, 8), (B, P, 2, 8)]
+    q, k, v, kp, vp = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in shapes)
+    mask_bgr = jnp.asarray(np.arange(R) < rng.integers(1, R + 1, (B, G, 1)))
+    prefix_mask = jnp.asarray(np.arange(P) < LENGTHS[:, None])
+    weight = rng.standard_normal((B, G, R, 4, 8)).astype(np.float32)
+
+    def value(attend):
+        def loss(q, k, v, kp, vp):
+            out = attend(q, k, v, mask_bgr, kp, vp, prefix_mask)
+            return jnp.sum(jnp.where(mask_bgr[..., None, None], out, 0) * weight)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)))(q, k, v, kp, vp)
+
+    with jax.default_matmul_precision("highest"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5),
+            value(attention.prefix_causal),
+            value(_plain_joint),
+        )
+
+
 def test_visual_tokens_go_where_the_index_says():
     case = _case()
     model = qwen25_vl.bind(case["cfg"], case["params"])

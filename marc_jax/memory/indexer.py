@@ -1,0 +1,88 @@
+"""Index once: a video file becomes a memory entry that answers any number of questions.
+
+decode -> events -> vision tower -> event embeddings. `marc_jax.index`, the evaluation and `marc_jax.ask` share this.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines import patches, video
+from marc_jax.memory import embed, events, store
+from marc_jax.memory.view import normalise
+from marc_jax.models import qwen25_vl
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How frames are taken from a file: squashed to size x size pixels, `fps` per second, at most `max_frames`."""
+
+    size: int
+    fps: float
+    max_frames: int
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """One frame in patches of 14 pixels."""
+        return self.size // 14, self.size // 14
+
+    def read(self, path) -> video.Clip:
+        """Raises VideoError naming the file and the reason."""
+        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
+
+
+class Indexer:
+    """Turns clips into memory entries with one model and one retriever; compiled once."""
+
+    CHUNK = 16
+
+    def __init__(self, cfg, params: dict, retriever: dict, sampling: Sampling):
+        self.sampling, self.params, self.retriever = sampling, params, retriever
+        tower = {name: part for name, part in params["vision"].items() if name != "merger"}
+        self.fingerprint = store.fingerprint(
+            tower=store.tree_sha256(jax.device_get(tower)),
+            retriever=store.tree_sha256(jax.device_get(retriever)),
+            preprocessing=dataclasses.asdict(sampling),
+        )
+
+        @jax.jit
+        def run(params, retriever, pixels_tnc):
+            features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), sampling.grid_hw)
+            return features, embed.embed_patches(retriever, features)
+
+        self._run = run
+
+    def features(self, pixels_tnc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tower features [T, n, V] and patch embeddings [T, D] of uint8 pixel patches, in chunks of one shape."""
+        parts = []
+        for start in range(0, len(pixels_tnc), self.CHUNK):
+            part = pixels_tnc[start : start + self.CHUNK]
+            padded = np.zeros((self.CHUNK, *part.shape[1:]), np.uint8)
+            padded[: len(part)] = part
+            parts.append([np.asarray(x)[: len(part)] for x in self._run(self.params, self.retriever, padded)])
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+    def entry(self, clip: video.Clip, sha256: str) -> store.MemoryEntry:
+        """The memory of one decoded clip. Event embedding: mean of its patches' unit vectors, renormalised."""
+        features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
+        spans = events.segment(clip.frames, self.sampling.fps)
+        mean_ed = np.stack([emb_td[a:b].mean(0) for a, b in spans])
+        emb_ed = np.asarray(embed.unit(jnp.asarray(mean_ed)))
+        seconds = np.asarray(clip.seconds, np.float64)[::2]
+        step = seconds[1] - seconds[0] if len(seconds) > 1 else 1.0
+        ends = np.append(seconds, seconds[-1] + step)
+        return store.MemoryEntry(
+            video_sha256=sha256,
+            seconds=seconds,
+            event_spans=np.asarray(spans, np.int32),
+            event_seconds=np.array([[ends[a], ends[b]] for a, b in spans]),
+            event_embeddings=emb_ed,
+            tokens=features,
+            grid=self.sampling.grid_hw,
+        )
+
+    def file(self, path) -> store.MemoryEntry:
+        """Reads and indexes a file."""
+        return self.entry(self.sampling.read(path), store.file_sha256(path))

@@ -1,0 +1,208 @@
+"""What every stage of a run shares: data on disk, tokenizer, model sizes, views, the banks of decoded patches."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines import loader
+from data_pipelines.patches import frames_to_pixel_patches
+from data_pipelines.synthetic import build, recompose
+from data_pipelines.synthetic.scenes import Difficulty
+from marc_jax import checkpoint, metrics, optim
+from marc_jax.batches import Prompter, Recomposer, Sizes
+from marc_jax.config import ConfigError
+from marc_jax.memory import embed, indexer
+from marc_jax.memory.view import View, normalise
+from marc_jax.models import qwen25_vl, weights
+from marc_jax.rl.rollout import Sampling
+from marc_jax.tokenizer import Tokenizer
+
+QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
+TOWER_CHUNK = 1024
+
+
+@dataclasses.dataclass
+class Run:
+    """One run's fixed surroundings, and what its stages leave for the next ones (`features`, `retriever`)."""
+
+    config: object
+    workdir: Path
+    cfg: qwen25_vl.Config
+    tokenizer: Tokenizer
+    prompter: Prompter
+    sizes: Sizes
+    views: dict[str, View]
+    sampling: indexer.Sampling
+    time_scale: float
+    recomposer: Recomposer | None = None
+    pixels: jax.Array | None = None
+    features: jax.Array | None = None
+    tower: str = ""
+    retriever: dict | None = None
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        return self.sampling.grid_hw
+
+    def decoding(self, temperature: float) -> Sampling:
+        """Completions end at any stop token and hold no vision token."""
+        tok = self.tokenizer
+        return Sampling(
+            self.config.max_new_tokens, tuple(tok.stop_ids), tok.id("<|endoftext|>"), temperature,
+            banned_ids=tuple(tok.banned_ids),
+        )  # fmt: skip
+
+    def view(self, name: str) -> View:
+        if name not in self.views:
+            raise ConfigError(f"unknown view {name!r}; config.views has {', '.join(self.views)}")
+        return self.views[name]
+
+    def embed_sizes(self) -> embed.Sizes:
+        return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
+
+    def parameters(self, source: str) -> dict:
+        """Model parameters (nested): "" random, a stage of this run, or a folder of published-style safetensors."""
+        if not source:
+            return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed))
+        folder = self.workdir / source / "checkpoints"
+        if checkpoint.latest(folder) is not None:
+            return load_parameters(self.cfg, folder)
+        if (Path(source) / "config.json").exists():
+            return weights.load(source, self.cfg, qwen25_vl.abstract(self.cfg))
+        raise ConfigError(f"init {source!r}: neither a finished stage in {self.workdir} nor a folder with config.json")
+
+    def bank(self, kind: str, params: dict) -> jax.Array:
+        """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
+        if kind == "pixels":
+            return self.pixels
+        tower = {name: part for name, part in params["vision"].items() if name != "merger"}
+        name = indexer.store.tree_sha256(jax.device_get(tower))
+        if name != self.tower:
+            self.features, self.tower = tower_features(self.cfg, params, self.pixels, self.grid_hw), name
+        return self.features
+
+    def use_retriever(self, flat: dict, source: str) -> None:
+        """Takes the trained retriever (flat parameters) and embeds the events of the training pool with it."""
+        self.retriever = optim.unflatten(flat)
+        if self.recomposer is None:
+            return
+        features = self.bank("features", self.parameters(source))
+        pool, row_e = self.recomposer.pool, self.recomposer.row_e
+        most = int(pool.patches_e.max())
+        slot_et = np.arange(most)[None] + row_e[:, None]
+        mask_et = np.arange(most)[None] < pool.patches_e[:, None]
+        run = jax.jit(lambda p, f, m: embed.embed_events(p, f, m, jnp.zeros(m.shape, jnp.int32), 1)[0][:, 0])
+        parts = []
+        for start in range(0, len(row_e), TOWER_CHUNK):
+            rows = np.resize(np.arange(start, min(start + TOWER_CHUNK, len(row_e))), TOWER_CHUNK)
+            chosen = features[np.where(mask_et, slot_et, 0)[rows]]
+            parts.append(np.asarray(run(self.retriever, chosen, mask_et[rows]))[: len(row_e) - start])
+        self.recomposer.emb_ed = np.concatenate(parts)
+
+
+def load_parameters(cfg, folder) -> dict:
+    """Nested model parameters of a stage's newest good checkpoint; trainable and frozen joined again."""
+    step = checkpoint.latest(folder)
+    if step is None:
+        raise checkpoint.CheckpointError(f"no checkpoint in {folder}")
+    flat = optim.flatten(qwen25_vl.abstract(cfg))
+    trained = set(checkpoint.read_meta(folder, step)["trainable"])
+    split = {part: {k: v for k, v in flat.items() if (k in trained) == (part == "params")} for part in ("params", "frozen")}
+    tree, _ = checkpoint.restore(folder, split, step, partial=True)
+    return optim.join(tree["params"], tree["frozen"])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _tower(cfg, params, pixels_snc, grid_hw):
+    return qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_snc), grid_hw)
+
+
+def tower_features(cfg, params, pixels_nnc, grid_hw) -> jax.Array:
+    """Features [N, n, V] of all patches, in chunks of one compiled shape."""
+    n = len(pixels_nnc)
+    parts = []
+    for start in range(0, n, TOWER_CHUNK):
+        rows = np.minimum(np.arange(start, start + TOWER_CHUNK), n - 1)
+        parts.append(_tower(cfg, params, pixels_nnc[rows], grid_hw)[: n - start])
+    return jnp.concatenate(parts)
+
+
+def difficulty(data) -> Difficulty:
+    """config.data as the synthetic set's difficulty."""
+    return Difficulty(
+        size=data.size, fps=data.fps, events=tuple(data.events), patches=tuple(data.patches),
+        p_dissolve=data.dissolve, options=data.options, types=tuple(data.types),
+    )  # fmt: skip
+
+
+def data_folder(config, workdir: Path) -> Path:
+    return Path(config.data.path) if config.data.path else workdir / "data"
+
+
+def prepare(config, workdir: Path) -> Run:
+    """Builds the data if it is not there, loads the tokenizer, fixes all static sizes."""
+    folder = data_folder(config, workdir)
+    sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
+    with metrics.Progress("data", sum(sizes.values())) as bar:
+        done = dict.fromkeys(sizes, 0)
+
+        def progress(split, count, _):
+            done[split] = count
+            bar.update(sum(done.values()))
+
+        build.build(
+            folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
+            questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
+        )  # fmt: skip
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    most = int(config.data.patches[1])
+    lengths = Sizes(int(config.data.events[1]) * most, int(config.data.events[1]), most, QUESTION, ANSWER)
+    sampling = indexer.Sampling(config.data.size, config.data.fps, 2 * lengths.patches)
+    v, t = config.model.vision, config.model.text
+    cfg = qwen25_vl.tiny(
+        vocab_size=tokenizer.vocab_size, hidden_size=t.hidden_size, num_layers=t.num_layers, num_heads=t.num_heads,
+        num_kv_heads=t.num_kv_heads, intermediate_size=t.intermediate_size, vision_depth=v.depth,
+        vision_hidden_size=v.hidden_size, vision_num_heads=v.num_heads,
+        vision_intermediate_size=v.intermediate_size,
+        image_token_id=tokenizer.id("<|image_pad|>"), video_token_id=tokenizer.id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.id("<|vision_start|>"), vision_end_token_id=tokenizer.id("<|vision_end|>"),
+        pad_token_id=tokenizer.id("<|endoftext|>"), eos_token_ids=tuple(tokenizer.stop_ids),
+    )  # fmt: skip
+    time_scale = 2 / config.data.fps * cfg.tokens_per_second
+    grid_hw = sampling.grid_hw
+    prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
+    views = {name: View(**config.views[name].to_dict()) for name in config.views}
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale)
+
+
+def read_records(folder: Path, split: str) -> list[dict]:
+    return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+
+
+def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> tuple[list[np.ndarray], list]:
+    """uint8 patches [t, n, 1176] of each file, read through the ordinary video reader; one bad file stops the run."""
+    with metrics.Progress(label, len(names)) as bar:
+        clips, errors = loader.decode_many(
+            [folder / name for name in names], run.sampling.read, workers=run.config.data.workers,
+            progress=lambda done, _: bar.update(done),
+        )  # fmt: skip
+    if errors:
+        raise ConfigError(f"{len(errors)} of {len(names)} videos cannot be read; first: {errors[0]['reason']}")
+    return [frames_to_pixel_patches(clip.frames)[0] for clip in clips], clips
+
+
+def load_training(run: Run) -> None:
+    """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
+    folder = data_folder(run.config, run.workdir)
+    pool, places = recompose.pool_from_records(read_records(folder, "train"))
+    names = list(dict.fromkeys(path for path, _, _ in places))
+    pixels, _ = decode_pixels(run, folder, names, "decode")
+    first = dict(zip(names, np.cumsum([0] + [len(p) for p in pixels[:-1]]), strict=True))
+    row_e = np.array([first[path] + start for path, start, _ in places])
+    run.pixels = jnp.asarray(np.concatenate(pixels))
+    run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)

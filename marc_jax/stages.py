@@ -1,0 +1,234 @@
+"""The training stages: each builds a TrainState and a step function for `loop.fit`.
+
+    sft         maximum likelihood of templated answers, for the teacher (every patch) or a student (compressed)
+    retriever   contrastive question/event embeddings
+    distill     on-policy distillation: the student's own tokens, the full-token teacher's distribution; no labels
+    cgrpo       C-GRPO: G rollouts from compressed tokens, rewards with the gated retention term, no text labels
+
+Batches are drawn on the host while the device computes; everything random is a function of (seed, stage, step).
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+
+from marc_jax import optim, state
+from marc_jax.batches import Sizes
+from marc_jax.config import ConfigError
+from marc_jax.memory import embed, retrieve
+from marc_jax.memory import view as views
+from marc_jax.rl import advantages, answers, parity, rewards, rollout, step
+from marc_jax.rl.types import Completions
+from marc_jax.run import Run
+
+
+def build(run: Run, name: str):
+    """(state, step_fn, trainable names) of the stage `config[name]`."""
+    kinds = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
+    stage = run.config[name]
+    if stage.kind not in kinds:
+        raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(kinds)}")
+    return kinds[stage.kind](run, name, stage)
+
+
+def _start(run: Run, name: str, stage):
+    """(nested parameters, fresh state, optax chain) of a stage that trains (part of) the model."""
+    params = run.parameters(stage.init)
+    trainable, frozen = optim.partition(params, tuple(stage.trainable))
+    if stage.visual == "features" and any(k.startswith("vision/") and "merger" not in k for k in trainable):
+        raise ConfigError(f"config.{name}: visual='features' caches a frozen tower, but trainable includes the tower")
+    tx = optim.make(stage.optimizer, stage.steps)
+    key = jax.random.key(zlib.crc32(f"{run.config.seed}/{name}".encode()))
+    return params, state.create(tx, trainable, frozen, key=key), tx
+
+
+def _sizes(run: Run, stage) -> Sizes:
+    """Static lengths of the stage's videos: shorter where it draws fewer events."""
+    most = min(int(stage.events[1]), run.sizes.events)
+    return dataclasses.replace(run.sizes, patches=most * run.sizes.event, events=most)
+
+
+def _encode(run: Run, view: views.View):
+    return views.make_encode(view, run.grid_hw, run.time_scale)
+
+
+def _query(view: views.View, retriever, queries):
+    return embed.embed_questions(retriever, *queries) if view.select == "retrieve" else None
+
+
+def _texts(asked):
+    return [text for row in asked.texts_bg for text in row]
+
+
+def _whole_prompts(run: Run, view, index, asked, sizes: Sizes):
+    """Prompts of one question each, for generation."""
+    kept = view.kept(sizes.patches, sizes.event)
+    length = 3 + kept * run.prompter.tokens_per_patch + sizes.question
+    return run.prompter.prompts(_texts(asked), kept, index.mask_bt.sum(1), length)
+
+
+def sft(run: Run, name: str, stage):
+    """Questions about one video share the prompt up to its last visual token."""
+    params, first, tx = _start(run, name, stage)
+    view, sizes, bank = run.view(stage.view), _sizes(run, stage), run.bank(stage.visual, params)
+    update = step.make_sft_step(run.cfg, _encode(run, view), tx)
+
+    @jax.jit
+    def advance(now, bank, index, retriever, queries, prompt, tokens, mask, train):
+        query = _query(view, retriever, queries)
+        visual = views.select(view, index, query, bank, sizes.event, now.step_key)
+        return update(now, step.SFTBatch(prompt, visual, tokens, mask, train))
+
+    def run_step(now, number: int):
+        asked = run.recomposer.draw(name, number, stage.videos, stage.questions, stage.events, stage.types)
+        index = asked.videos.index(sizes)
+        kept = view.kept(sizes.patches, sizes.event)
+        lengths = index.mask_bt.sum(1)
+        split = run.prompter.split(asked.texts_bg, asked.answers_bg, kept, lengths, sizes)
+        blind = np.arange(stage.videos) < stage.blind * stage.videos
+        index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
+        queries = run.prompter.queries(asked.problems[:: stage.questions], sizes.question)
+        return advance(now, bank, index, run.retriever, queries, *split)
+
+    return first, run_step, tuple(first.params)
+
+
+def retriever(run: Run, name: str, stage):
+    """Softmax over the events of the question's own video; every needed event is a positive."""
+    model = run.parameters(stage.init)
+    bank, sizes = run.bank("features", model), _sizes(run, stage)
+    params = optim.flatten(embed.init(jax.random.key(run.config.seed + 1), run.embed_sizes()))
+    tx = optim.make(stage.optimizer, stage.steps)
+    first = state.create(tx, params, key=jax.random.key(run.config.seed))
+
+    @jax.jit
+    def advance(now, bank, index, queries, needed_be):
+        def objective(flat):
+            params = optim.unflatten(flat)
+            emb_bed, mask_be = embed.embed_events(
+                params, bank[index.patch_bt], index.mask_bt, index.event_bt, sizes.events
+            )
+            query_bd = embed.embed_questions(params, *queries)
+            total, count, _ = embed.loss(params, query_bd, emb_bed, mask_be, needed_be)
+            values = {"loss": (total, count)}
+            for k in (1, 3):
+                found_b, share_b = embed.recall(*retrieve.topk_events(query_bd, emb_bed, mask_be, k), needed_be)
+                values |= {f"recall@{k}": (found_b.sum(), count), f"found@{k}": (share_b.sum(), count)}
+            return total / count, values
+
+        grads, values = jax.grad(objective, has_aux=True)(now.params)
+        return now.apply(tx, grads), values
+
+    def run_step(now, number: int):
+        asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+        queries = run.prompter.queries(asked.problems, sizes.question)
+        return advance(now, bank, asked.videos.index(sizes), queries, asked.needed(sizes.events))
+
+    return first, run_step, tuple(first.params)
+
+
+def _two_views(run: Run, stage):
+    """Student and teacher: parameters, view, bank and encode of each."""
+    teacher = run.parameters(stage.teacher)
+    return teacher, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
+
+
+def _prompt_pair(run, stage, name, number, sizes, view, full):
+    """The same questions as the student and as the teacher reads them; one question per video."""
+    asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+    index = asked.videos.index(sizes)
+    queries = run.prompter.queries(asked.problems, sizes.question)
+    prompts = [_whole_prompts(run, v, index, asked, sizes) for v in (view, full)]
+    return asked, index, queries, *prompts
+
+
+def distill(run: Run, name: str, stage):
+    """Sample from the student, judge along its tokens by the teacher, update; one compiled step."""
+    params, first, tx = _start(run, name, stage)
+    teacher, view, full, teacher_bank = _two_views(run, stage)
+    sizes, bank, how = _sizes(run, stage), run.bank(stage.visual, params), run.decoding(stage.temperature)
+    encode, encode_full = _encode(run, view), _encode(run, full)
+    sample = step.make_sampler(run.cfg, encode, how)
+    update = step.make_distill_step(run.cfg, encode, encode_full, tx, how)
+
+    @jax.jit
+    def advance(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
+        query = _query(view, retriever, queries)
+        visual = views.select(view, index, query, banks[0], sizes.event, now.step_key)
+        full_visual = views.select(full, index, query, banks[1], sizes.event, now.step_key)
+        keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
+        done = sample(jax.lax.stop_gradient(now.model), prompt, visual, keys)
+        batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
+        return update(now, batch, teacher)
+
+    def run_step(now, number: int):
+        asked, index, queries, prompt, full_prompt = _prompt_pair(run, stage, name, number, sizes, view, full)
+        banks = (bank, teacher_bank)
+        return advance(now, teacher, banks, index, run.retriever, queries, prompt, full_prompt, asked.ids_b)
+
+    return first, run_step, tuple(first.params)
+
+
+def cgrpo(run: Run, name: str, stage):
+    """Rollouts on the device, rewards on the host (text in, floats out), advantages and update on the device."""
+    params, first, tx = _start(run, name, stage)
+    teacher, view, full, teacher_bank = _two_views(run, stage)
+    sizes, bank, how = _sizes(run, stage), run.bank(stage.visual, params), run.decoding(stage.temperature)
+    encode, encode_full = _encode(run, view), _encode(run, full)
+    sample, sample_full = (step.make_sampler(run.cfg, e, how) for e in (encode, encode_full))
+    scale, losses = parity.parity(stage.parity, kl_coef=stage.beta)
+    keeping = rewards.RetentionConfig(alpha=stage.alpha, tau=stage.tau)
+    update = step.make_grpo_step(run.cfg, encode, tx, how, losses)
+
+    @jax.jit
+    def sample_both(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
+        query = _query(view, retriever, queries)
+        visual = views.select(view, index, query, banks[0], sizes.event, now.step_key)
+        full_visual = views.select(full, index, query, banks[1], sizes.event, now.step_key)
+        keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
+        full_keys = rollout.rollout_keys(jax.random.fold_in(now.key, 1), now.step, ids_b, stage.teacher_group)
+        done = sample(now.model, prompt, visual, keys)
+        return visual, done, sample_full(teacher, full_prompt, full_visual, full_keys)
+
+    @jax.jit
+    def learn(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
+        gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
+        now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), teacher)
+        return now, values | more
+
+    def run_step(now, number: int):
+        asked, index, queries, prompt, full_prompt = _prompt_pair(run, stage, name, number, sizes, view, full)
+        banks = (bank, teacher_bank)
+        visual, done, full_done = sample_both(
+            now, teacher, banks, index, run.retriever, queries, prompt, full_prompt, asked.ids_b
+        )
+        right_bg, format_bg = judge(run, done, asked)
+        a_full_b = judge(run, full_done, asked)[0].mean(1)
+        kept = rewards.retention(right_bg, a_full_b, np.zeros(len(a_full_b), bool), keeping)
+        now, values = learn(now, teacher, prompt, visual, done, right_bg + format_bg, kept.bonus_bg)
+        host = {"accuracy": right_bg.mean(), "format": format_bg.mean(), "teacher_accuracy": a_full_b.mean()}
+        return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
+
+    return first, run_step, tuple(first.params)
+
+
+def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:
+    """(accuracy, format) float32 [B, G] of completions about `asked`, one question per video."""
+    texts = completion_texts(run, done)
+    right = [
+        [answers.accuracy(text, row[0].solution, row[0].problem_type) for text in group]
+        for group, row in zip(texts, asked.questions_bg, strict=True)
+    ]
+    fits = [[float(answers.has_format(text)) for text in group] for group in texts]
+    return np.array(right, np.float32), np.array(fits, np.float32)
+
+
+def completion_texts(run: Run, done: Completions) -> list[list[str]]:
+    """Decoded text of every completion, special tokens skipped."""
+    tokens_bgr, mask_bgr = jax.device_get((done.tokens_bgr, done.mask_bgr))
+    return [
+        [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(*group, strict=True)]
+        for group in zip(tokens_bgr, mask_bgr, strict=True)
+    ]

@@ -1,0 +1,59 @@
+"""Train a run, all its stages, and report on it.
+
+    python -m marc_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
+
+A run that was stopped goes on where it was: finished stages are skipped, a started one resumes from its newest
+checkpoint that verifies. The order of stages is config.stages; what they are is in `marc_jax.stages`.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from marc_jax import config as configs
+
+configs.define_flags(workdir="runs/run")
+
+
+def main() -> None:
+    # ---------------------------------------------------------------- config: everything is checked before jax starts
+    if not flags.FLAGS.config:
+        raise configs.ConfigError("--config=FILE.py is required, e.g. --config=experiments/quickstart.py")
+    config = configs.experiment(flags.FLAGS.config)
+    configs.validate(config)
+    workdir = Path(flags.FLAGS.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    import time
+
+    from marc_jax import loop, run, stages
+    from marc_jax.evaluation import experiment
+    from marc_jax.interrupt import Interrupt
+
+    configs.keep(config, workdir / "config.json")
+    timings, started = {}, time.monotonic()
+
+    # ---------------------------------------------------------------- data: files, then patches and events in memory
+    here = run.prepare(config, workdir)
+    run.load_training(here)
+    timings["data"] = time.monotonic() - started
+
+    # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
+    with Interrupt() as stop:
+        for name in config.stages:
+            begun = time.monotonic()
+            first, step_fn, trainable = stages.build(here, name)
+            pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
+            meta = {"trainable": list(trainable), "init": config[name].init}
+            state, _ = loop.fit(name, workdir, first, step_fn, pace, stop=stop, meta=meta)
+            if config[name].kind == "retriever":
+                here.use_retriever(state.params, config[name].init)
+            timings[name] = time.monotonic() - begun
+
+    # ---------------------------------------------------------------- evaluation and report
+    if config.eval.arms:
+        experiment.report_on(here, timings, started)
+
+
+if __name__ == "__main__":
+    configs.run_main(main)
