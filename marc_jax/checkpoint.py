@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from marc_jax import manifest
 from marc_jax.config import UserError
+from marc_jax.paths import unflatten
 
 _LARGEST_LIST = 5
 _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
@@ -95,7 +96,8 @@ def save(
             (partial / "meta.json").write_text(text, encoding="utf-8")
         _barrier(f"checkpoint_{step}_begin")
         writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
-        writer.save(partial / "tree", args=ocp.args.PyTreeSave(_nest({path: _raw(x) for path, x in leaves.items()})))
+        nested = unflatten({path: _raw(x) for path, x in leaves.items()})
+        writer.save(partial / "tree", args=ocp.args.PyTreeSave(nested))
 
     def finish():
         with _Failure(directory, step, partial):
@@ -198,7 +200,7 @@ def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, conf
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore(
             folder / "tree",
-            args=ocp.args.PyTreeRestore(_nest(items), restore_args=_nest(args), partial_restore=True),
+            args=ocp.args.PyTreeRestore(unflatten(items), restore_args=unflatten(args), partial_restore=True),
         )
     values = _leaves(tree)
     placed = [_placed(values[path], x) for path, x in wanted.items()]
@@ -247,19 +249,6 @@ def _leaves(tree: Any) -> dict[str, Any]:
     if len(leaves) != len(flat):
         raise ValueError("two leaves of the tree have the same path")
     return leaves
-
-
-def _nest(leaves: Mapping[str, Any]) -> dict:
-    nested: dict = {}
-    for path, value in leaves.items():
-        *branches, leaf = path.split("/")
-        node = nested
-        for branch in branches:
-            node = node.setdefault(branch, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"path {path!r} goes through another leaf")
-        node[leaf] = value
-    return nested
 
 
 def _mismatch(saved: Mapping, wanted: Mapping, partial: bool) -> str | None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import optax
 
+from marc_jax.paths import flatten, unflatten
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -63,33 +65,6 @@ def join(trainable: Mapping[str, jax.Array], frozen: Mapping[str, jax.Array] | N
     if both := sorted(set(trainable) & set(frozen)):
         raise ValueError(f"parameters both trainable and frozen: {', '.join(both[:5])}")
     return unflatten({**trainable, **frozen})
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, jax.Array]:
-    """Nested dict -> flat dict with "/" between the names; a flat dict comes back unchanged."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, jax.Array]) -> dict:
-    """Flat dict with "/" between the names -> nested dict. Raises ValueError when a path is leaf and branch."""
-    nested: dict = {}
-    for path, value in flat.items():
-        *branches, leaf = path.split("/")
-        node = nested
-        for branch in branches:
-            node = node.setdefault(branch, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"parameter path {path!r} goes through another parameter")
-        if leaf in node:
-            raise ValueError(f"parameter path {path!r} is both a parameter and a group of parameters")
-        node[leaf] = value
-    return nested
 
 
 def schedule(config, total_steps: int) -> optax.Schedule:

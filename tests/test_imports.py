@@ -9,10 +9,40 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim")
-PURE = ("numpy", "jax", "math", "marc_jax.rl.types")
+FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths")
+PURE = (
+    "marc_jax.models.rope",
+    "marc_jax.memory.retrieve",
+    "marc_jax.memory.compress",
+    "marc_jax.rl.advantages",
+    "marc_jax.rl.answers",
+    "marc_jax.rl.logprob",
+    "marc_jax.rl.loss",
+    "marc_jax.rl.parity",
+    "marc_jax.rl.rewards",
+    "marc_jax.evaluation.intervals",
+    "marc_jax.evaluation.scoring",
+)
 FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "joblib", "yaml")
 ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.ask")
+# Between the maths and the entries: each room and all that it may import.
+ABOVE = {
+    "marc_jax.memory.view": (
+        "marc_jax.baselines",
+        "marc_jax.memory.compress",
+        "marc_jax.memory.retrieve",
+        "marc_jax.rl.types",
+        "data_pipelines.patches",
+    ),
+    "marc_jax.memory.indexer": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
+    "marc_jax.batches": ("data_pipelines", "marc_jax.memory.view", "marc_jax.models.prompts", "marc_jax.rl.types"),
+    "marc_jax.corpus": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
+    "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state"),
+    "marc_jax.run": ("data_pipelines", "marc_jax"),
+    "marc_jax.stages": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
+}
 
 
 def modules(*roots: str) -> dict[str, pathlib.Path]:
@@ -61,6 +91,11 @@ def offences(names: dict[str, pathlib.Path], wrong) -> list[str]:
     ]
 
 
+def strangers(module: str, path: pathlib.Path, allowed) -> list[str]:
+    """What a module imports from this repository beyond what it may."""
+    return [f"{module} imports {m}" for m in sorted(ours(imports(module, path))) if not within(m, allowed)]
+
+
 def assert_none(found: list[str]) -> None:
     assert not found, "\n".join(found)
 
@@ -75,46 +110,55 @@ def test_experiments_import_only_ml_collections():
     assert_none(offences(modules("experiments"), lambda m: not within(m, ("ml_collections", "experiments"))))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "marc_jax/models/rope",
-        "marc_jax/memory/retrieve",
-        "marc_jax/memory/compress",
-        "marc_jax/rl/advantages",
-        "marc_jax/rl/loss",
-        "marc_jax/rl/rewards",
-        "marc_jax/evaluation/scoring",
-    ],
-)
-def test_pure_maths_know_nothing_of_the_house(name):
-    for module, path in modules(name).items():
-        assert_none([f"{module} imports {m}" for m in ours(imports(module, path)) if not within(m, PURE)])
+@pytest.mark.parametrize("name", PURE)
+def test_pure_maths_know_only_each_other(name):
+    for module, path in modules(name.replace(".", "/")).items():
+        assert_none(strangers(module, path, (*PURE, "marc_jax.rl.types")))
         assert_none(offences({module: path}, lambda m: within(m, ("flax", "optax", "orbax", "grain", "cv2", "av"))))
 
 
 def test_the_foundation_imports_no_models_rl_or_data():
     names = modules(
-        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt".split())
+        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt paths".split())
     )
     allowed = (*FOUNDATION, "marc_jax.sharding")
     for module, path in names.items():
         # config looks VideoError up among the loaded modules, it does not import it.
-        assert_none([f"{module} imports {m}" for m in ours(imports(module, path)) if not within(m, allowed)])
+        assert_none(strangers(module, path, allowed))
 
 
-def test_models_import_only_sharding_and_types():
+def test_models_import_only_sharding_paths_and_types():
     for module, path in modules("marc_jax/models").items():
-        allowed = ("marc_jax.models", "marc_jax.sharding", "marc_jax.rl.types")
-        assert_none([f"{module} imports {m}" for m in ours(imports(module, path)) if not within(m, allowed)])
+        allowed = ("marc_jax.models", "marc_jax.paths", "marc_jax.sharding", "marc_jax.rl.types")
+        assert_none(strangers(module, path, allowed))
 
 
 def test_memory_and_baselines_stay_below_training():
     for module, path in modules("marc_jax/memory", "marc_jax/baselines").items():
+        if module in ABOVE:
+            continue
         allowed = ["marc_jax.memory", "marc_jax.baselines", "marc_jax.rl.types", "marc_jax.sharding", *FOUNDATION]
         if module in ("marc_jax.memory.embed", "marc_jax.memory.events"):
             allowed += ["marc_jax.models"]
-        assert_none([f"{module} imports {m}" for m in ours(imports(module, path)) if not within(m, allowed)])
+        assert_none(strangers(module, path, allowed))
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_rooms_above_the_maths_know_only_what_they_build_on(name):
+    for module, path in modules(name.replace(".", "/")).items():
+        assert_none(strangers(module, path, ABOVE[name]))
+
+
+def test_what_runs_share_knows_neither_stages_nor_evaluation():
+    above = ("marc_jax.stages", "marc_jax.loop", "marc_jax.evaluation")
+    assert_none(offences(modules("marc_jax/run"), lambda m: within(m, above)))
+    assert_none(offences(modules("marc_jax/stages"), lambda m: within(m, above[1:])))
+
+
+def test_reports_are_drawn_without_models_or_training():
+    for module, path in modules("marc_jax/evaluation").items():
+        if module not in ABOVE:
+            assert_none(strangers(module, path, ("marc_jax.evaluation", "marc_jax.rl.answers", *FOUNDATION)))
 
 
 def test_nobody_imports_the_entries_or_tools_or_tests():

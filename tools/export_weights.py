@@ -20,6 +20,7 @@ import numpy as np
 from marc_jax.models import qwen25_vl, weights
 from marc_jax.models.qwen25_vl import Config, ConfigError, config_from_hf
 from marc_jax.models.safetensors_io import WeightsError, write_folder
+from marc_jax.paths import flatten
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER_FILES = (
@@ -59,8 +60,8 @@ def export(cfg: Config, params: dict, out: pathlib.Path, dtype: str, tokenizer=N
 
 def check(cfg: Config, params: dict) -> None:
     """WeightsError naming the first parameters that are not this model's."""
-    want = {path: tuple(w.shape) for path, w in weights.leaves(qwen25_vl.describe(cfg)).items()}
-    have = {path: tuple(np.shape(x)) for path, x in weights.leaves(params).items()}
+    want = {path: tuple(w.shape) for path, w in flatten(qwen25_vl.describe(cfg)).items()}
+    have = {path: tuple(np.shape(x)) for path, x in flatten(params).items()}
     wrong = sorted(path for path in want.keys() | have.keys() if want.get(path) != have.get(path))
     if wrong:
         path = wrong[0]

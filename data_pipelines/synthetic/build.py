@@ -28,7 +28,7 @@ from data_pipelines.synthetic import questions, scenes, vocabulary
 from data_pipelines.synthetic.scenes import Difficulty, Event
 
 SPLITS = ("train", "val", "test")
-VERSION = 1
+VERSION = 2
 CHUNK = 32
 RESERVE_BYTES = 64 * 2**20
 _HIDDEN = ".part-"
@@ -52,9 +52,9 @@ def video_path(split: str, index: int) -> str:
 
 
 def make_records(seed: int, split: str, index: int, difficulty: Difficulty, per_video: int = 1) -> list[dict]:
-    """Video-R1 records of one video. Types take turns over the split, so every type is asked equally often."""
+    """Video-R1 records of one video. `difficulty.types` take turns over the split: each is asked equally often."""
     events = latents(seed, split, index, difficulty)
-    types = [t for t in difficulty.types if questions.events_needed(t) <= difficulty.events[0]]
+    types = difficulty.types
     made = []
     for j in range(per_video):
         number = index * per_video + j
@@ -282,6 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions-per-video", type=int, default=1)
     parser.add_argument("--events", type=int, nargs=2, default=Difficulty.events, metavar=("LOW", "HIGH"))
     parser.add_argument("--patches", type=int, nargs=2, default=Difficulty.patches, metavar=("LOW", "HIGH"))
+    parser.add_argument("--types", nargs="+", default=Difficulty.types, metavar="TYPE", help="questions asked, in turn")
     parser.add_argument("--options", choices=("fixed", "shuffled"), default="fixed")
     parser.add_argument("--noise", type=float, default=0.0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
@@ -293,7 +294,11 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         difficulty = Difficulty(
-            events=tuple(args.events), patches=tuple(args.patches), options=args.options, noise=args.noise
+            events=tuple(args.events),
+            patches=tuple(args.patches),
+            types=tuple(args.types),
+            options=args.options,
+            noise=args.noise,
         )
         build(
             args.out,

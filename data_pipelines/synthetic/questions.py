@@ -1,6 +1,9 @@
 """Questions about a list of events: pure functions of latents, used for files and for videos recomposed in training.
 
-Every answer is balanced and independent of the question's words, so a reader without the video stays at chance.
+A type asks about one scene or about two. `colours`, `shapes`, `directions` and `happened` answer with two letters,
+"B D", in the order in which the question names the scenes; `happens` and `happened` name them by what they show, every
+other type by their background. Every answer is balanced and independent of the question's words, so a reader without
+the video stays at chance.
 """
 
 import dataclasses
@@ -10,10 +13,8 @@ import math
 
 import numpy as np
 
-from data_pipelines.synthetic.scenes import COLOURS, DIRECTIONS, LANES, SHAPES, Event
+from data_pipelines.synthetic.scenes import COLOURS, DIRECTIONS, LANES, PAIRS, SHAPES, SINGLE, Event
 
-SINGLE = ("colour", "shape", "direction", "count", "happens")
-PAIRS = ("colours", "shapes", "directions", "total", "happened", "order")
 TYPES = SINGLE + PAIRS
 FAMILIES = {
     "attribute": ("colour", "shape", "colours", "shapes"),
@@ -23,11 +24,13 @@ FAMILIES = {
     "what happened": ("happens", "happened"),
 }
 LETTERS = "ABCD"
+# Accuracy of the best reader without the video. Two scenes of a video never share colour and shape, so two different
+# colours (or shapes) are a little likelier, 4 in 5, than 3 in 4: the best guess of a pair is worth 4/5 / 12 = 1/15.
 CHANCE = {
     **{"colour": 1 / 4, "shape": 1 / 4, "direction": 1 / 4, "count": 1 / 3, "happens": 1 / 4},
-    **{"colours": 1 / 16, "shapes": 1 / 16, "directions": 1 / 16, "total": 1 / 5, "happened": 1 / 16, "order": 1 / 2},
+    **{"colours": 1 / 15, "shapes": 1 / 15, "directions": 1 / 16, "total": 1 / 5, "happened": 1 / 16, "order": 1 / 2},
 }
-# Multiple choice: what is asked, of which attribute, and whether the scene is named by its content.
+# Multiple choice: the choices of an attribute, the attribute a type asks for, the types that name scenes by content.
 _CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS)}
 _ATTRIBUTE = {
     **{"colour": "colour", "shape": "shape", "direction": "direction", "happens": "direction"},
@@ -55,6 +58,7 @@ class Question:
 
 
 def events_needed(question_type: str) -> int:
+    """How many scenes a question of this type is about."""
     return 2 if question_type in PAIRS else 1
 
 
@@ -65,6 +69,8 @@ def make_question(
 
     Raises ValueError for an unknown type or too few events.
     """
+    if question_type not in TYPES:
+        raise ValueError(f"unknown question type {question_type!r}; known: {', '.join(TYPES)}")
     if len(events) < events_needed(question_type):
         raise ValueError(f"a question of type {question_type!r} needs two events, got {len(events)}")
     if question_type == "total":
@@ -84,7 +90,7 @@ def make_question(
 def ask(
     events: list[Event], question_type: str, needed: tuple[int, ...], choices: tuple[str, ...] | None = None
 ) -> Question:
-    """The question of this type about the events `needed`, with multiple choices in the order given."""
+    """The question of this type about the events `needed`, in that order, with multiple choices in the order given."""
     event = events[needed[0]]
     place = event.background
     options = ()

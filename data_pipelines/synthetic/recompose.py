@@ -59,7 +59,8 @@ def make_pool(events) -> Pool:
 def pool_from_records(records: Iterable[Mapping]) -> tuple[Pool, list[tuple[str, int, int]]]:
     """A pool of all events of all videos in a split's records, and (path, start_patch, end_patch) of each of them.
 
-    Videos with several questions count once; event ids follow the order of the records.
+    Videos with several questions count once; event ids follow the order of the records. A dissolving event comes
+    without its blended first patch, which shows another scene too; one that has no clean patch is left out.
     """
     events, places, seen = [], [], set()
     for record in records:
@@ -67,8 +68,12 @@ def pool_from_records(records: Iterable[Mapping]) -> tuple[Pool, list[tuple[str,
             continue
         seen.add(record["video_id"])
         for fields in record["events"]:
-            events.append(Event.from_dict(fields))
-            places.append((record["path"], fields["start_patch"], fields["end_patch"]))
+            whole = Event.from_dict(fields)
+            event = whole.undissolved()
+            if event.patches < 1:
+                continue
+            events.append(event)
+            places.append((record["path"], fields["start_patch"] + whole.dissolve, fields["end_patch"]))
     return make_pool(events), places
 
 

@@ -28,6 +28,9 @@ TEXTURES = ("plain", "stripes", "bars", "checks")
 COLOURS = {"red": (255, 72, 56), "yellow": (255, 224, 30), "white": (255, 255, 255), "cyan": (40, 232, 255)}
 SHAPES = ("square", "disc", "cross", "triangle")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+# What can be asked, of one scene and of two; `questions` says how.
+SINGLE = ("colour", "shape", "direction", "count", "happens")
+PAIRS = ("colours", "shapes", "directions", "total", "happened", "order")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +61,14 @@ class Event:
     def content(self) -> str:
         return f"{self.colour} {self.shape}"
 
+    def undissolved(self) -> "Event":
+        """The scene without its blended first patch, its objects where they are by then; itself if it has none."""
+        if not self.dissolve:
+            return self
+        moved = sum(DIRECTIONS[self.direction]) * FRAMES_PER_PATCH * self.speed
+        phases = tuple(phase + moved for phase in self.phases)
+        return dataclasses.replace(self, patches=self.patches - 1, dissolve=False, phases=phases)
+
     @classmethod
     def from_dict(cls, fields: Mapping) -> "Event":
         """The event of one entry of a record's "events"; what is not about the scene itself is left out."""
@@ -70,7 +81,9 @@ class Difficulty:
     """How hard the videos and questions are; (low, high) ranges include both ends.
 
     More events, shorter events, more dissolves, `noise` and shuffled options are harder; fewer hues make scenes more
-    alike. `size` is in pixels and `patches` counts temporal patches of 2 frames, 2 / fps seconds each.
+    alike. `size` is in pixels and `patches` counts temporal patches of 2 frames, 2 / fps seconds each. `types` are the
+    question types asked in files, in turn; by default those that need two scenes, which one retrieved scene or one
+    random patch cannot answer. Raises ValueError, one line, for what cannot be.
     """
 
     size: int = 56
@@ -82,7 +95,7 @@ class Difficulty:
     speed: tuple[int, int] = (3, 5)
     noise: float = 0.0
     options: str = "fixed"
-    types: tuple[str, ...] = ("colours", "shapes", "directions", "total", "happened", "order")
+    types: tuple[str, ...] = PAIRS
 
     def __post_init__(self):
         contents = len(COLOURS) * len(SHAPES)
@@ -102,6 +115,11 @@ class Difficulty:
             raise ValueError("need 0 <= p_dissolve <= 1, 0 <= noise < 1, fps > 0")
         if self.options not in ("fixed", "shuffled"):
             raise ValueError(f"options must be 'fixed' or 'shuffled', got {self.options!r}")
+        if not self.types or len(set(self.types)) != len(self.types) or set(self.types) - {*SINGLE, *PAIRS}:
+            raise ValueError(f"types must be different names out of {', '.join(SINGLE + PAIRS)}, got {self.types!r}")
+        if self.events[0] < 2 and set(self.types) & set(PAIRS):
+            pairs = ", ".join(t for t in self.types if t in PAIRS)
+            raise ValueError(f"types {pairs} need videos of at least two events, got events = {self.events}")
 
     @property
     def patch_seconds(self) -> float:

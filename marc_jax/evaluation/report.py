@@ -30,7 +30,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -86,16 +85,8 @@ def write(out: str | os.PathLike, results: Mapping) -> dict[str, Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    """Writes a text file whole or not at all."""
+    plots.write_whole(path, text.encode())
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

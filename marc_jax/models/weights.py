@@ -14,6 +14,7 @@ import numpy as np
 
 from marc_jax.models.qwen25_vl import Config, describe
 from marc_jax.models.safetensors_io import WeightsError, open_folder
+from marc_jax.paths import flatten, unflatten
 
 __all__ = ["WeightsError", "assemble", "canonical", "hf_config", "load", "match", "published", "published_shapes"]
 
@@ -74,26 +75,6 @@ def canonical(name: str) -> str | None:
     return name
 
 
-def leaves(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}."""
-    out = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        out |= leaves(value, path + "/") if isinstance(value, Mapping) else {path: value}
-    return out
-
-
-def nest(flat: Mapping[str, Any]) -> dict:
-    out: dict = {}
-    for path, leaf in flat.items():
-        *folders, last = path.split("/")
-        node = out
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return out
-
-
 def _their_shape(cfg: Config, how: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Published shape of a tensor that is `shape` in our tree (one layer of it)."""
     if how == "flatten":
@@ -110,7 +91,7 @@ def _to_ours(tensor: np.ndarray, how: str) -> np.ndarray:
 
 def _rows(cfg: Config) -> Iterator[tuple[str, str, int | None, str, tuple[int, ...]]]:
     """(published name, our path, layer or None, transform, published shape), in the published order of modules."""
-    flat = leaves(describe(cfg))
+    flat = flatten(describe(cfg))
     for theirs, ours, how in TABLE:
         if ours not in flat:
             continue  # the head of a tied model
@@ -180,7 +161,7 @@ def assemble(
     for name, path, layer, how, _ in _rows(cfg):
         sources.setdefault(path, []).append((name, how, layer is not None))
     out = {}
-    for path, weight in leaves(describe(cfg)).items():
+    for path, weight in flatten(describe(cfg)).items():
 
         def piece(index, rows=sources[path]):
             index = tuple(index)
@@ -190,7 +171,7 @@ def assemble(
             return np.stack([_to_ours(read(name), how)[index[1:]] for name, how, _ in chosen])
 
         out[path] = make(path, weight.shape, piece)
-    return nest(out)
+    return unflatten(out)
 
 
 def load(folder: str | os.PathLike, cfg: Config, abstract: dict) -> dict:
@@ -205,7 +186,7 @@ def load(folder: str | os.PathLike, cfg: Config, abstract: dict) -> dict:
     files = open_folder(folder)
     names = match(cfg, {name: file.tensors[name][1] for name, file in files.items()}, str(folder))
     check_tied(cfg, files, folder)
-    targets = leaves(abstract)
+    targets = flatten(abstract)
 
     def make(path, shape, piece):
         target = targets[path]
@@ -229,7 +210,7 @@ def check_tied(cfg: Config, files: Mapping, folder) -> None:
 
 def published(cfg: Config, params: dict, dtype) -> Iterator[tuple[str, np.ndarray]]:
     """(published name, tensor) of every parameter, one at a time, in the order of `published_shapes`."""
-    flat = leaves(params)
+    flat = flatten(params)
     for name, path, layer, how, shape in _rows(cfg):
         leaf = flat[path] if layer is None else flat[path][layer]
         leaf = np.asarray(leaf).astype(dtype)

@@ -4,7 +4,7 @@ Two modes everywhere:
   "videor1": the published training rewards with their quirks (rl.md 2.4): the first answer block counts, letters
     compare as whole strings ("B." is not "B"), "3" and "3.0" differ because only one of them has a decimal mark.
   "strict": for people who want the answer judged, not its spelling: exactly one answer block, a choice letter may
-    carry a dot, brackets or its option text, numbers compare as numbers.
+    carry a dot, brackets or its option text, several letters ("B D") compare one by one, numbers as numbers.
 
 Pure Python: no jax, no numpy. Source of the rules: github.com/tulerfeng/Video-R1, src/r1-v/src/open_r1/grpo.py.
 """
@@ -19,6 +19,7 @@ MODES = ("videor1", "strict")
 _ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 _LETTER = re.compile(r"(?is)(?:option|answer|choice)?[\s:]*[(\[]?\s*([a-z])\s*(?:[)\].:,].*|$)")
+_WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -106,8 +107,10 @@ def _regression(predicted: str, truth: str, mode: str) -> float:
 def _multiple_choice(predicted: str, truth: str, mode: str) -> float:
     if mode == "videor1":
         return float(predicted.strip() == truth.strip())
-    letter = choice_letter(predicted)
-    return float(letter is not None and letter == choice_letter(truth))
+    letter = choice_letter(truth)
+    if letter is None:  # several letters, "B D": the same words in the same order
+        return float(_WORD.findall(predicted.upper()) == _WORD.findall(truth.upper()))
+    return float(letter == choice_letter(predicted))
 
 
 def accuracy(completion: str, solution: str, problem_type: str, mode: str = "videor1") -> float:

@@ -1,5 +1,6 @@
 """The files: they show what the latents say, appear whole or not at all, and a stopped build goes on."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -16,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipelines.synthetic import build, questions, recompose, scenes
+from data_pipelines.synthetic import build, recompose, scenes
 
 DIFFICULTY = scenes.Difficulty()
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,8 @@ def psnr(a, b):
 def test_records_follow_the_schema(folder):
     records = json.loads((folder / "train.json").read_text())
     assert len(records) == 80 and len({r["problem_id"] for r in records}) == 80
-    per_type = {t: sum(r["question_type"] == t for r in records) for t in questions.TYPES}
+    per_type = collections.Counter(r["question_type"] for r in records)
+    assert set(per_type) == set(DIFFICULTY.types)
     assert max(per_type.values()) - min(per_type.values()) <= 1
     for r in records:
         assert r["data_type"] == "video" and r["path"].startswith("./videos/")
@@ -59,6 +61,22 @@ def test_records_follow_the_schema(folder):
     }
     pool, places = recompose.pool_from_records(records)
     assert len(pool.events) == len(places) == sum(len(r["events"]) for r in records) // 2
+
+
+def test_files_ask_the_types_of_their_difficulty_in_turn(tmp_path, capsys):
+    difficulty = scenes.Difficulty(events=(1, 2), types=("happens", "count", "shape"))
+    build.build(tmp_path / "a", sizes={"val": 4}, difficulty=difficulty, questions_per_video=2)
+    records = json.loads((tmp_path / "a" / "val.json").read_text())
+    assert [r["question_type"] for r in records] == (["happens", "count", "shape"] * 3)[:8]
+    with pytest.raises(ValueError, match="another set .*difficulty"):
+        build.build(tmp_path / "a", sizes={"val": 4}, difficulty=dataclasses.replace(difficulty, types=("count",)))
+    common = ["--train=0", "--val=2", "--test=0", "--workers=0"]
+    assert build.main([f"--out={tmp_path / 'b'}", *common, "--types", "happened", "order"]) == 0
+    records = json.loads((tmp_path / "b" / "val.json").read_text())
+    assert [r["question_type"] for r in records] == ["happened", "order"]
+    assert build.main([f"--out={tmp_path / 'c'}", *common, "--types", "weight"]) == 2
+    assert "error: types must be different names out of colour, " in capsys.readouterr().out
+    assert not (tmp_path / "c").exists()
 
 
 def test_decoded_videos_match_the_rendered_ones(folder):
