@@ -9,6 +9,7 @@ Model: the Qwen2.5-VL architecture with a 2-layer vision tower and a 3-layer dec
 
 from ml_collections import ConfigDict
 
+TEACHER = "experiments/assets/quickstart_teacher"
 SINGLE = ("colour", "shape", "direction", "count", "happens")  # about one scene: perception, in training only
 PAIRS = ("colours", "shapes", "directions", "total", "happened", "order")  # about two scenes: what is asked in the end
 
@@ -29,12 +30,10 @@ def get_config():
     c.views.random = {"select": "random", "method": "keep"}
     c.views.blind = {"select": "none", "method": "keep"}
 
-    c.stages = ("clips", "teacher", "retriever", "sft", "sft_whole", "distill", "cgrpo")
+    c.stages = ("teacher", "retriever", "sft", "sft_whole", "distill", "cgrpo")
 
     everything = (".*",)
-    c.clips = {"kind": "sft", "visual": "pixels", "events": (1, 1), "types": SINGLE, "videos": 64, "questions": 2}
-    c.clips.update(steps=1500, blind=0.05, trainable=everything, optimizer={"learning_rate": 2e-3})
-    c.teacher = {"kind": "sft", "init": "clips", "types": SINGLE + PAIRS + PAIRS, "videos": 16, "questions": 4}
+    c.teacher = {"kind": "sft", "init": TEACHER, "types": SINGLE + PAIRS + PAIRS, "videos": 16, "questions": 4}
     c.teacher.update(steps=3000, blind=0.06, optimizer={"learning_rate": 2e-3})
     c.retriever = {"kind": "retriever", "init": "teacher", "types": SINGLE + PAIRS + PAIRS, "videos": 128, "steps": 400}
     c.retriever.optimizer = {"learning_rate": 3e-3}

@@ -44,6 +44,7 @@ class Run:
     features: jax.Array | None = None
     tower: str = ""
     retriever: dict | None = None
+    compiled: dict = dataclasses.field(default_factory=dict)
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -105,9 +106,9 @@ class Run:
         self.recomposer.emb_ed = np.concatenate(parts)
 
 
-def load_parameters(cfg, folder) -> dict:
-    """Nested model parameters of a stage's newest good checkpoint; trainable and frozen joined again."""
-    step = checkpoint.latest(folder)
+def load_parameters(cfg, folder, step: int | None = None) -> dict:
+    """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again."""
+    step = checkpoint.latest(folder) if step is None else step
     if step is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}")
     flat = optim.flatten(qwen25_vl.abstract(cfg))

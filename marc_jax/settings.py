@@ -17,7 +17,10 @@ PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
 def base() -> ConfigDict:
-    """Every key outside the open groups (views, stages, eval.arms), with its default."""
+    """Every key outside the open groups (views, stages, eval.arms), with its default.
+
+    `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
+    """
     return ConfigDict({
         "title": "MARC",
         "seed": 0,
@@ -25,6 +28,7 @@ def base() -> ConfigDict:
         "log_every": 20,
         "save_every": 1000,
         "stages": ("",),
+        "only": ("",),
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
@@ -104,6 +108,8 @@ def validate(config: ConfigDict) -> None:
         wrong.append(f"data.events = {events} must be (fewest, most)")
     if len(patches) != 2 or not 1 <= patches[0] <= patches[1]:
         wrong.append(f"data.patches = {patches} must be (shortest, longest) event in temporal patches")
+    if unknown := [name for name in config.only if name and name not in config.stages]:
+        wrong.append(f"only names {unknown[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
     if config.max_new_tokens < 1 or config.save_every < 1 or config.log_every < 1:
         wrong.append("max_new_tokens, save_every and log_every must be at least 1")
     for tower, sizes in (("vision", config.model.vision), ("text", config.model.text)):
@@ -191,7 +197,7 @@ def keep(config: ConfigDict, path: Path) -> None:
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
         for c in (before, now):
-            for name in ("log_every", "save_every", "eval", "title"):
+            for name in ("log_every", "save_every", "eval", "title", "only"):
                 c.pop(name, None)
         if before != now:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))

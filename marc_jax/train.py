@@ -29,6 +29,7 @@ def main() -> None:
     from marc_jax import loop, run, stages
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
+    from marc_jax.models import weights
 
     settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
@@ -40,18 +41,18 @@ def main() -> None:
 
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
     with Interrupt() as stop:
-        for name in config.stages:
+        for name in (name for name in config.stages if not any(config.only) or name in config.only):
             begun = time.monotonic()
             first, step_fn, trainable = stages.build(here, name)
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
-            meta = {"trainable": list(trainable), "init": config[name].init}
+            meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
             state, _ = loop.fit(name, workdir, first, step_fn, pace, stop=stop, meta=meta)
             if config[name].kind == "retriever":
                 here.use_retriever(state.params, config[name].init)
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
-    if config.eval.arms:
+    if config.eval.arms and not any(config.only):
         experiment.report_on(here, timings, started)
 
 

@@ -78,6 +78,7 @@ def main(argv=None) -> int:
     parser.add_argument("--tokenizer", default=None, help="folder whose tokenizer files are copied along")
     args = parser.parse_args(argv)
     from marc_jax import checkpoint
+    from marc_jax.run import load_parameters
 
     try:
         step = checkpoint.latest(args.checkpoint) if args.step is None else args.step
@@ -87,9 +88,12 @@ def main(argv=None) -> int:
         if args.config is None and "model" not in meta:
             raise WeightsError(f"{args.checkpoint}: its metadata has no model config; give --config")
         cfg = config_from_hf(args.config or meta["model"])
-        abstract = {"params": qwen25_vl.abstract(cfg, DTYPES[meta.get("dtype", "float32")])}
-        tree, _ = checkpoint.restore(args.checkpoint, abstract, step, partial=True)
-        export(cfg, tree["params"], args.out, args.dtype, args.tokenizer)
+        if "trainable" in meta:  # a training stage: trainable and frozen parameters lie apart
+            params = load_parameters(cfg, args.checkpoint, step)
+        else:
+            abstract = {"params": qwen25_vl.abstract(cfg, DTYPES[meta.get("dtype", "float32")])}
+            params = checkpoint.restore(args.checkpoint, abstract, step, partial=True)[0]["params"]
+        export(cfg, params, args.out, args.dtype, args.tokenizer)
     except (ConfigError, WeightsError, checkpoint.CheckpointError, OSError) as e:
         print(f"export_weights: {e}", file=sys.stderr)
         return 2

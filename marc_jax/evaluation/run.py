@@ -112,7 +112,12 @@ def queries(run: Run, test: TestSet, rows):
 
 
 def make_answerer(run: Run, view: views.View, sizes: Sizes):
-    """Compiled (params, retriever, bank, index, queries, prompt, ids) -> greedy completions through one view."""
+    """Compiled (params, retriever, bank, index, queries, prompt, ids) -> greedy completions through one view.
+
+    Arms that look the same way share one compiled function.
+    """
+    if (view, sizes) in run.compiled:
+        return run.compiled[view, sizes]
     encode = views.make_encode(view, run.grid_hw, run.time_scale)
     sample = step.make_sampler(run.cfg, encode, run.decoding(0.0))
 
@@ -122,6 +127,7 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
         visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed))
         return sample(params, prompt, visual, rollout.rollout_keys(run.config.seed, 0, ids_b, 1))
 
+    run.compiled[view, sizes] = answer
     return answer
 
 
