@@ -34,7 +34,7 @@ def get_config():
     c.clips = {"kind": "sft", "visual": "pixels", "events": (1, 1), "types": SINGLE, "videos": 256, "questions": 2}
     c.clips.update(steps=2000, blind=0.05, trainable=everything, optimizer={"learning_rate": 2e-3})
     c.teacher = {"kind": "sft", "init": "clips", "types": SINGLE + PAIRS + PAIRS, "videos": 64, "questions": 4}
-    c.teacher.update(steps=5000, blind=0.06, optimizer={"learning_rate": 1e-3})
+    c.teacher.update(steps=5500, blind=0.06, optimizer={"learning_rate": 1e-3})
     c.retriever = {"kind": "retriever", "init": "teacher", "types": SINGLE + PAIRS + PAIRS, "videos": 256, "steps": 1500}
     c.retriever.optimizer = {"learning_rate": 3e-3}
 
