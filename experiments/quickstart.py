@@ -32,15 +32,14 @@ def get_config():
 
     c.stages = ("teacher", "retriever", "sft", "sft_whole", "distill", "cgrpo")
 
-    everything = (".*",)
     c.teacher = {"kind": "sft", "init": TEACHER, "types": SINGLE + PAIRS + PAIRS, "videos": 16, "questions": 4}
-    c.teacher.update(steps=3000, blind=0.06, optimizer={"learning_rate": 2e-3})
+    c.teacher.update(steps=150, blind=0.06, optimizer={"learning_rate": 2e-4})
     c.retriever = {"kind": "retriever", "init": "teacher", "types": SINGLE + PAIRS + PAIRS, "videos": 128, "steps": 400}
     c.retriever.optimizer = {"learning_rate": 3e-3}
 
     student = {"init": "teacher", "view": "marc", "types": PAIRS, "videos": 64}
-    c.sft = {"kind": "sft", **student, "steps": 1000}
-    c.sft_whole = {"kind": "sft", **student, "view": "whole", "steps": 1000}
+    c.sft = {"kind": "sft", **student, "steps": 1200}
+    c.sft_whole = {"kind": "sft", **student, "view": "whole", "steps": 1200}
     c.distill = {"kind": "distill", **student, "steps": 600, "group": 2}
     c.cgrpo = {"kind": "cgrpo", **student, "videos": 32, "steps": 250, "group": 8}
     c.cgrpo.optimizer = {"learning_rate": 3e-4}

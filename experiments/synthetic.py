@@ -15,7 +15,8 @@ PAIRS = ("colours", "shapes", "directions", "total", "happened", "order")
 def get_config():
     c = ConfigDict()
     c.title = "MARC on the synthetic set"
-    c.data = ConfigDict({"train_videos": 4000, "test_videos": 1500, "questions_per_video": 1, "types": PAIRS, "workers": 8})
+    c.data = ConfigDict({"train_videos": 4000, "test_videos": 1500, "questions_per_video": 1, "workers": 8})
+    c.data.types = PAIRS
     c.model = {
         "vision": {"depth": 3, "hidden_size": 128, "num_heads": 2, "intermediate_size": 256},
         "text": {"hidden_size": 192, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 384},
@@ -35,7 +36,8 @@ def get_config():
     c.clips.update(steps=2000, blind=0.05, trainable=everything, optimizer={"learning_rate": 2e-3})
     c.teacher = {"kind": "sft", "init": "clips", "types": SINGLE + PAIRS + PAIRS, "videos": 64, "questions": 4}
     c.teacher.update(steps=5500, blind=0.06, optimizer={"learning_rate": 1e-3})
-    c.retriever = {"kind": "retriever", "init": "teacher", "types": SINGLE + PAIRS + PAIRS, "videos": 256, "steps": 1500}
+    c.retriever = {"kind": "retriever", "init": "teacher", "types": SINGLE + PAIRS + PAIRS, "videos": 256}
+    c.retriever.steps = 1500
     c.retriever.optimizer = {"learning_rate": 3e-3}
 
     student = {"init": "teacher", "types": PAIRS, "videos": 128, "visual": "pixels", "trainable": everything}

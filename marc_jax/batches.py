@@ -42,7 +42,8 @@ class Videos:
     def index(self, sizes: Sizes) -> VideoIndex:
         """Spans -> padded patch rows."""
         t = np.arange(sizes.patches)[None, :, None]
-        inside_bte = (t >= self.start_be[:, None]) & (t < (self.start_be + self.len_be)[:, None]) & self.mask_be[:, None]
+        after_bte, before_bte = t >= self.start_be[:, None], t < (self.start_be + self.len_be)[:, None]
+        inside_bte = after_bte & before_bte & self.mask_be[:, None]
         mask_bt = inside_bte.any(-1)
         event_bt = np.where(mask_bt, inside_bte.argmax(-1), sizes.events)
         slot_bt = np.minimum(event_bt, sizes.events - 1)

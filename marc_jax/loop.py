@@ -12,7 +12,6 @@ from marc_jax import checkpoint, metrics
 from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
-
 SHOWN = ("loss", "accuracy", "reward", "recall@3")
 
 
@@ -41,8 +40,8 @@ def fit(
     Args:
       name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
       state: the initial state; also the restore target (shapes, dtypes, shardings).
-      step_fn: (state, step) -> (state, metrics dict); all randomness from (seed, step), so a resumed run repeats nothing
-        and skips nothing.
+      step_fn: (state, step) -> (state, metrics dict); all randomness from (seed, step), so a resumed run repeats and
+        skips nothing.
       stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`.
       meta: stored beside the arrays (the config, the stage it started from).
 

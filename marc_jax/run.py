@@ -3,23 +3,27 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
 
 from data_pipelines import loader
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, metrics, optim
+from marc_jax import checkpoint, metrics, optim, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, indexer
 from marc_jax.memory.view import View, normalise
 from marc_jax.models import qwen25_vl, weights
 from marc_jax.rl.rollout import Sampling
+from marc_jax.rl.types import PromptBatch
 from marc_jax.tokenizer import Tokenizer
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
@@ -39,6 +43,7 @@ class Run:
     views: dict[str, View]
     sampling: indexer.Sampling
     time_scale: float
+    mesh: Mesh
     recomposer: Recomposer | None = None
     pixels: jax.Array | None = None
     features: jax.Array | None = None
@@ -66,15 +71,39 @@ class Run:
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
 
+    def split(self, *trees):
+        """Host arrays onto the mesh, B over data and fsdp; B leads everywhere but in a prompt's positions."""
+        over = {axis: sharding.batch(self.mesh, axis) for axis in (0, 1)}
+
+        def node(x):
+            if isinstance(x, PromptBatch):
+                return PromptBatch(*(
+                    jax.device_put(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
+                ))  # fmt: skip
+            return jax.device_put(x, over[0])
+
+        placed = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
+        return placed if len(trees) > 1 else placed[0]
+
+    def whole(self, tree):
+        """Arrays that every device holds: banks, the retriever."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    def settle(self, state):
+        """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
+        everywhere = sharding.replicated(self.mesh)
+        on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh  # noqa: E731
+        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
+
     def parameters(self, source: str) -> dict:
-        """Model parameters (nested): "" random, a stage of this run, or a folder of published-style safetensors."""
+        """Model parameters (nested), sharded: "" random, a stage of this run, or a folder of published safetensors."""
         if not source:
-            return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed))
-        folder = self.workdir / source / "checkpoints"
+            return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
+        folder, target = self.workdir / source / "checkpoints", qwen25_vl.abstract(self.cfg, mesh=self.mesh)
         if checkpoint.latest(folder) is not None:
-            return load_parameters(self.cfg, folder)
+            return load_parameters(target, folder)
         if (Path(source) / "config.json").exists():
-            return weights.load(source, self.cfg, qwen25_vl.abstract(self.cfg))
+            return weights.load(source, self.cfg, target)
         raise ConfigError(f"init {source!r}: neither a finished stage in {self.workdir} nor a folder with config.json")
 
     def bank(self, kind: str, params: dict) -> jax.Array:
@@ -84,12 +113,22 @@ class Run:
         tower = {name: part for name, part in params["vision"].items() if name != "merger"}
         name = indexer.store.tree_sha256(jax.device_get(tower))
         if name != self.tower:
-            self.features, self.tower = tower_features(self.cfg, params, self.pixels, self.grid_hw), name
+            self.features = self.whole(tower_features(self.cfg, params, self.pixels, self.grid_hw))
+            self.tower = name
         return self.features
+
+    def load_retriever(self) -> None:
+        """The retriever of this run, from its stage's checkpoint."""
+        names = [name for name in self.config.stages if self.config[name].kind == "retriever"]
+        if not names:
+            raise ConfigError("this run has no retriever stage")
+        shapes = jax.eval_shape(lambda: optim.flatten(embed.init(jax.random.key(0), self.embed_sizes())))
+        tree, _ = checkpoint.restore(self.workdir / names[-1] / "checkpoints", {"params": shapes}, partial=True)
+        self.retriever = self.whole(optim.unflatten(tree["params"]))
 
     def use_retriever(self, flat: dict, source: str) -> None:
         """Takes the trained retriever (flat parameters) and embeds the events of the training pool with it."""
-        self.retriever = optim.unflatten(flat)
+        self.retriever = self.whole(optim.unflatten(flat))
         if self.recomposer is None:
             return
         features = self.bank("features", self.parameters(source))
@@ -106,15 +145,33 @@ class Run:
         self.recomposer.emb_ed = np.concatenate(parts)
 
 
-def load_parameters(cfg, folder, step: int | None = None) -> dict:
-    """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again."""
+def opened(checkpoint_folder: str) -> tuple[Run, str]:
+    """A finished run and the stage meant by `--checkpoint`: the run's folder, or a stage's folder inside it ("")."""
+    folder = Path(checkpoint_folder)
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    for workdir, stage in ((folder, ""), (folder.parent, folder.name)):
+        if (workdir / "config.json").exists() and (workdir / "tokenizer.json").exists():
+            config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+            here = surroundings(config, workdir)
+            here.load_retriever()
+            return here, stage
+    raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
+
+
+def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
+    """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again.
+
+    Args:
+      abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
+    """
     step = checkpoint.latest(folder) if step is None else step
     if step is None:
         raise checkpoint.CheckpointError(f"no checkpoint in {folder}")
-    flat = optim.flatten(qwen25_vl.abstract(cfg))
+    flat = optim.flatten(abstract)
     trained = set(checkpoint.read_meta(folder, step)["trainable"])
-    split = {part: {k: v for k, v in flat.items() if (k in trained) == (part == "params")} for part in ("params", "frozen")}
-    tree, _ = checkpoint.restore(folder, split, step, partial=True)
+    parts = {"params": {k: v for k, v in flat.items() if k in trained}}
+    parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
+    tree, _ = checkpoint.restore(folder, parts, step, partial=True)
     return optim.join(tree["params"], tree["frozen"])
 
 
@@ -146,7 +203,7 @@ def data_folder(config, workdir: Path) -> Path:
 
 
 def prepare(config, workdir: Path) -> Run:
-    """Builds the data if it is not there, loads the tokenizer, fixes all static sizes."""
+    """Builds the data if it is not there, and keeps its tokenizer with the run."""
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
     with metrics.Progress("data", sum(sizes.values())) as bar:
@@ -160,7 +217,13 @@ def prepare(config, workdir: Path) -> Run:
             folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
             questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
         )  # fmt: skip
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    shutil.copyfile(folder / "tokenizer.json", workdir / "tokenizer.json")
+    return surroundings(config, workdir)
+
+
+def surroundings(config, workdir: Path) -> Run:
+    """Everything static of a run that has begun: tokenizer, model sizes, views. Reads no video."""
+    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
     most = int(config.data.patches[1])
     lengths = Sizes(int(config.data.events[1]) * most, int(config.data.events[1]), most, QUESTION, ANSWER)
     sampling = indexer.Sampling(config.data.size, config.data.fps, 2 * lengths.patches)
@@ -178,7 +241,8 @@ def prepare(config, workdir: Path) -> Run:
     grid_hw = sampling.grid_hw
     prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
     views = {name: View(**config.views[name].to_dict()) for name in config.views}
-    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale)
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
 
 
 def read_records(folder: Path, split: str) -> list[dict]:
@@ -205,5 +269,5 @@ def load_training(run: Run) -> None:
     pixels, _ = decode_pixels(run, folder, names, "decode")
     first = dict(zip(names, np.cumsum([0] + [len(p) for p in pixels[:-1]]), strict=True))
     row_e = np.array([first[path] + start for path, start, _ in places])
-    run.pixels = jnp.asarray(np.concatenate(pixels))
+    run.pixels = run.whole(np.concatenate(pixels))
     run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)

@@ -29,6 +29,7 @@ def base() -> ConfigDict:
         "save_every": 1000,
         "stages": ("",),
         "only": ("",),
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
@@ -162,7 +163,7 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         return wrong
     if c.view not in config.views:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
-    elif config.views[c.view].select == "retrieve" and not any(config[s].kind == "retriever" for s in done if s in config):
+    elif config.views[c.view].select == "retrieve" and "retriever" not in {config[s].kind for s in done if s in config}:
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
     if c.kind in ("distill", "cgrpo"):
         known("teacher")
@@ -191,8 +192,11 @@ def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
-def keep(config: ConfigDict, path: Path) -> None:
-    """Writes the config beside the run; a run that goes on must have been started with the same one, paces aside."""
+def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
+    """Writes the config beside the run; a run that goes on must have been started with the same one.
+
+    Pace, title and evaluation may change. With write=False it is compared only.
+    """
     text = configs.to_json(config)
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
@@ -205,6 +209,8 @@ def keep(config: ConfigDict, path: Path) -> None:
                 f"{path.parent} was started with another config (different: {', '.join(changed)}); "
                 "choose another --workdir, or remove it"
             )
+    if not write:
+        return
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)

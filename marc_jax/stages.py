@@ -10,6 +10,7 @@ Batches are drawn on the host while the device computes; everything random is a 
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -41,7 +42,12 @@ def _start(run: Run, name: str, stage):
         raise ConfigError(f"config.{name}: visual='features' caches a frozen tower, but trainable includes the tower")
     tx = optim.make(stage.optimizer, stage.steps)
     key = jax.random.key(zlib.crc32(f"{run.config.seed}/{name}".encode()))
-    return params, state.create(tx, trainable, frozen, key=key), tx
+    return params, run.settle(state.create(tx, trainable, frozen, key=key)), tx
+
+
+def _jit(step_fn: Callable, first: state.TrainState) -> Callable:
+    """jit whose new state lies where the old one does, so that the second call finds the first one's program."""
+    return jax.jit(step_fn, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
 
 
 def _sizes(run: Run, stage) -> Sizes:
@@ -75,11 +81,12 @@ def sft(run: Run, name: str, stage):
     view, sizes, bank = run.view(stage.view), _sizes(run, stage), run.bank(stage.visual, params)
     update = step.make_sft_step(run.cfg, _encode(run, view), tx)
 
-    @jax.jit
     def advance(now, bank, index, retriever, queries, prompt, tokens, mask, train):
         query = _query(view, retriever, queries)
         visual = views.select(view, index, query, bank, sizes.event, now.step_key)
         return update(now, step.SFTBatch(prompt, visual, tokens, mask, train))
+
+    advance = _jit(advance, first)
 
     def run_step(now, number: int):
         asked = run.recomposer.draw(name, number, stage.videos, stage.questions, stage.events, stage.types)
@@ -90,7 +97,7 @@ def sft(run: Run, name: str, stage):
         blind = np.arange(stage.videos) < stage.blind * stage.videos
         index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
         queries = run.prompter.queries(asked.problems[:: stage.questions], sizes.question)
-        return advance(now, bank, index, run.retriever, queries, *split)
+        return advance(now, bank, run.split(index), run.retriever, *run.split(queries, *split))
 
     return first, run_step, tuple(first.params)
 
@@ -99,11 +106,10 @@ def retriever(run: Run, name: str, stage):
     """Softmax over the events of the question's own video; every needed event is a positive."""
     model = run.parameters(stage.init)
     bank, sizes = run.bank("features", model), _sizes(run, stage)
-    params = optim.flatten(embed.init(jax.random.key(run.config.seed + 1), run.embed_sizes()))
+    params = run.whole(optim.flatten(embed.init(jax.random.key(run.config.seed + 1), run.embed_sizes())))
     tx = optim.make(stage.optimizer, stage.steps)
-    first = state.create(tx, params, key=jax.random.key(run.config.seed))
+    first = run.settle(state.create(tx, params, key=jax.random.key(run.config.seed)))
 
-    @jax.jit
     def advance(now, bank, index, queries, needed_be):
         def objective(flat):
             params = optim.unflatten(flat)
@@ -121,10 +127,12 @@ def retriever(run: Run, name: str, stage):
         grads, values = jax.grad(objective, has_aux=True)(now.params)
         return now.apply(tx, grads), values
 
+    advance = _jit(advance, first)
+
     def run_step(now, number: int):
         asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
         queries = run.prompter.queries(asked.problems, sizes.question)
-        return advance(now, bank, asked.videos.index(sizes), queries, asked.needed(sizes.events))
+        return advance(now, bank, *run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events)))
 
     return first, run_step, tuple(first.params)
 
@@ -141,7 +149,7 @@ def _prompt_pair(run, stage, name, number, sizes, view, full):
     index = asked.videos.index(sizes)
     queries = run.prompter.queries(asked.problems, sizes.question)
     prompts = [_whole_prompts(run, v, index, asked, sizes) for v in (view, full)]
-    return asked, index, queries, *prompts
+    return asked, run.split(index, queries, *prompts, asked.ids_b)
 
 
 def distill(run: Run, name: str, stage):
@@ -153,7 +161,6 @@ def distill(run: Run, name: str, stage):
     sample = step.make_sampler(run.cfg, encode, how)
     update = step.make_distill_step(run.cfg, encode, encode_full, tx, how)
 
-    @jax.jit
     def advance(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
         query = _query(view, retriever, queries)
         visual = views.select(view, index, query, banks[0], sizes.event, now.step_key)
@@ -163,10 +170,11 @@ def distill(run: Run, name: str, stage):
         batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
         return update(now, batch, teacher)
 
+    advance = _jit(advance, first)
+
     def run_step(now, number: int):
-        asked, index, queries, prompt, full_prompt = _prompt_pair(run, stage, name, number, sizes, view, full)
-        banks = (bank, teacher_bank)
-        return advance(now, teacher, banks, index, run.retriever, queries, prompt, full_prompt, asked.ids_b)
+        _, (index, *others) = _prompt_pair(run, stage, name, number, sizes, view, full)
+        return advance(now, teacher, (bank, teacher_bank), index, run.retriever, *others)
 
     return first, run_step, tuple(first.params)
 
@@ -192,22 +200,21 @@ def cgrpo(run: Run, name: str, stage):
         done = sample(now.model, prompt, visual, keys)
         return visual, done, sample_full(teacher, full_prompt, full_visual, full_keys)
 
-    @jax.jit
     def learn(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
         gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
         now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), teacher)
         return now, values | more
 
+    learn = _jit(learn, first)
+
     def run_step(now, number: int):
-        asked, index, queries, prompt, full_prompt = _prompt_pair(run, stage, name, number, sizes, view, full)
+        asked, (index, queries, prompt, *others) = _prompt_pair(run, stage, name, number, sizes, view, full)
         banks = (bank, teacher_bank)
-        visual, done, full_done = sample_both(
-            now, teacher, banks, index, run.retriever, queries, prompt, full_prompt, asked.ids_b
-        )
+        visual, done, full_done = sample_both(now, teacher, banks, index, run.retriever, queries, prompt, *others)
         right_bg, format_bg = judge(run, done, asked)
         a_full_b = judge(run, full_done, asked)[0].mean(1)
         kept = rewards.retention(right_bg, a_full_b, np.zeros(len(a_full_b), bool), keeping)
-        now, values = learn(now, teacher, prompt, visual, done, right_bg + format_bg, kept.bonus_bg)
+        now, values = learn(now, teacher, prompt, visual, done, *run.split(right_bg + format_bg, kept.bonus_bg))
         host = {"accuracy": right_bg.mean(), "format": format_bg.mean(), "teacher_accuracy": a_full_b.mean()}
         return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
 

@@ -41,7 +41,10 @@ def main() -> None:
 
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
     with Interrupt() as stop:
-        for name in (name for name in config.stages if not any(config.only) or name in config.only):
+        for name in config.stages:
+            chosen = not any(config.only) or name in config.only
+            if not chosen and config[name].kind != "retriever":  # a retriever is needed by what comes after it
+                continue
             begun = time.monotonic()
             first, step_fn, trainable = stages.build(here, name)
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every)

@@ -89,7 +89,7 @@ def main(argv=None) -> int:
             raise WeightsError(f"{args.checkpoint}: its metadata has no model config; give --config")
         cfg = config_from_hf(args.config or meta["model"])
         if "trainable" in meta:  # a training stage: trainable and frozen parameters lie apart
-            params = load_parameters(cfg, args.checkpoint, step)
+            params = load_parameters(qwen25_vl.abstract(cfg), args.checkpoint, step)
         else:
             abstract = {"params": qwen25_vl.abstract(cfg, DTYPES[meta.get("dtype", "float32")])}
             params = checkpoint.restore(args.checkpoint, abstract, step, partial=True)[0]["params"]

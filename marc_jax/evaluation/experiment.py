@@ -20,17 +20,24 @@ from marc_jax.models import qwen25_vl
 from marc_jax.run import Run, data_folder
 
 
-def report_on(here: Run, timings: dict, started: float) -> dict:
-    """Answers the held-out questions with every arm and writes `<workdir>/report`. Returns the results."""
+def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path | None = None) -> dict:
+    """Answers the held-out questions and writes the report. Returns the results.
+
+    Args:
+      timings: seconds per stage so far; the evaluation's own are added.
+      started: time.monotonic() at the start of the run.
+      arms: which of config.eval.arms; default all.
+      folder: default `<workdir>/report`.
+    """
     config, begun = here.config, time.monotonic()
-    sources = run.arm_sources(here)
+    sources = run.arm_sources(here, arms or list(config.eval.arms))
     test = memory_of(here, sources)
     timings["memory"] = time.monotonic() - begun
     rows = {}
     for arm, (params, visual) in sources.items():
         rows[arm] = run.answer_all(here, params, config.eval.arms[arm].view, visual, test, f"eval {arm}")
     timings["evaluation"] = time.monotonic() - begun - timings["memory"]
-    folder = here.workdir / "report"
+    folder = folder or here.workdir / "report"
     predictions = {arm: str(run.write_predictions(folder / "predictions", arm, rows[arm])) for arm in rows}
     samples = draw_samples(here, test, sources, rows, folder)
     timings["total"] = time.monotonic() - started
@@ -50,7 +57,8 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
     """results.json, see `report` for its schema."""
     config = here.config
     apart = tuple(config.eval.apart)
-    tables = scoring.tables(rows, teacher=config.eval.teacher, apart=apart, by_video=config.data.questions_per_video > 1)
+    several = config.data.questions_per_video > 1
+    tables = scoring.tables(rows, teacher=config.eval.teacher, apart=apart, by_video=several)
     arms = []
     for key in rows:
         arm = config.eval.arms[key]
@@ -67,11 +75,11 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         "segmentation": run.segmentation(test.found, test.records),
         "timings": {name: round(seconds, 1) for name, seconds in timings.items()},
         "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "curves": {name: str(here.workdir / name / "metrics.jsonl") for name in config.stages},
+        "curves": {name: str((here.workdir / name / "metrics.jsonl").resolve()) for name in config.stages},
         "seed": config.seed,
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
-        "command": "python -m marc_jax.train " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "split": f"{len(test.records)} held-out questions on {len(test.found)} videos that no stage has seen",
         "decoding": f"greedy, at most {config.max_new_tokens} tokens",
         "config": config.to_dict(),
@@ -93,7 +101,8 @@ def compared(rows: dict, config, apart) -> list[dict]:
 def hardware() -> str:
     device = jax.devices()[0]
     kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    return f"{device.platform} ({kind}), {jax.device_count()} device(s), {os.cpu_count()} CPU cores, jax {jax.__version__}"
+    devices = f"{device.platform} ({kind}), {jax.device_count()} device(s)"
+    return f"{devices}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
 
 
 def draw_samples(here: Run, test: run.TestSet, sources, rows, folder: Path) -> list[dict]:

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
@@ -59,7 +58,8 @@ def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
     found = {name: reader.get_checked(name, store.file_sha256(folder / name)) for name in names}
     bank = {"features": np.concatenate([found[name].tokens for name in names])}
     if pixels:
-        bank["pixels"] = np.concatenate([frames_to_pixel_patches(run.sampling.read(folder / n).frames)[0] for n in names])
+        clips = (run.sampling.read(folder / name) for name in names)
+        bank["pixels"] = np.concatenate([frames_to_pixel_patches(clip.frames)[0] for clip in clips])
     first = dict(zip(names, np.cumsum([0] + [len(found[n].tokens) for n in names[:-1]]).tolist(), strict=True))
     most = max(len(entry.event_spans) for entry in found.values())
     longest = max(int(np.diff(entry.event_spans, axis=1).max()) for entry in found.values())
@@ -135,7 +135,7 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     """Prediction rows (see `scoring`) of one arm, in the order of the questions."""
     view, sizes = run.view(view_name), test.sizes
     answer = make_answerer(run, view, sizes)
-    bank, rows = jnp.asarray(test.bank[visual]), []
+    bank, rows = run.whole(test.bank[visual]), []
     kept = view.kept(sizes.patches, sizes.event)
     length = 3 + kept * run.prompter.tokens_per_patch + sizes.question
     with metrics.Progress(label, len(test.records)) as bar:
@@ -144,7 +144,8 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
             records = [test.records[i] for i in chosen]
             texts = [question_text(r["problem"], r["options"]) for r in records]
             prompt = run.prompter.prompts(texts, kept, index.mask_bt.sum(1), length)
-            done = answer(params, run.retriever, bank, index, queries(run, test, chosen), prompt, chosen)
+            inputs = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
+            done = answer(params, run.retriever, bank, *inputs)
             tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
             used = visual_tokens(run, view, index)[:real]
             for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
@@ -161,7 +162,8 @@ def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
     if view.method == "keep" and view.select == "retrieve":
         return np.minimum(np.sort(index.len_be, axis=1)[:, -view.k :].sum(1), t_b) * p
     kept = {"keep": t_b if view.select == "all" else np.ones_like(t_b), "merge": np.minimum(view.keep, t_b)}
-    kept |= {"per_event": np.minimum(view.k, index.mask_be.sum(1)), "mean": np.ones_like(t_b), "pooled": np.ones_like(t_b)}
+    kept |= {"per_event": np.minimum(view.k, index.mask_be.sum(1))}
+    kept |= dict.fromkeys(("mean", "pooled"), np.ones_like(t_b))
     return kept[view.method] * p
 
 
@@ -214,11 +216,11 @@ def write_predictions(folder: Path, arm: str, rows: list[dict]) -> Path:
     return path
 
 
-def arm_sources(run: Run) -> dict[str, tuple[dict, str]]:
-    """{arm: (parameters, bank kind)} for config.eval.arms; each stage's parameters are read once."""
+def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:
+    """{arm: (parameters, bank kind)} of these arms of config.eval; each stage's parameters are read once."""
     loaded: dict[str, dict] = {}
     out = {}
-    for arm in run.config.eval.arms:
+    for arm in arms:
         stage = run.config.eval.arms[arm].stage
         if stage not in run.config:
             raise ConfigError(f"config.eval.arms.{arm}.stage names {stage!r}, which is no stage")

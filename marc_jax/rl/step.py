@@ -2,8 +2,8 @@
 
 Each `make_*_step` closes over what is static (model configuration, how visual tokens are made, optimizer, numerics);
 jit the result. What a model looks at is opaque here: `encode(model, visual, prompt) -> (vis_bnd, prompt)` turns it into
-visual tokens, all patches for a teacher, compressed ones for a student, and puts them at their place in the prompt. Every prompt is prefilled once and
-shared by its completions, and gradients flow through that prefix into the visual tokens.
+visual tokens, all patches for a teacher, compressed ones for a student, and puts them at their place in the prompt.
+Every prompt is prefilled once and shared by its completions; gradients flow through that prefix into the visual tokens.
 
 Losses are (sum, count) over the whole batch: with `micro_batches` = n the batch is cut into n parts along B, sums of
 gradients are accumulated by a scan, and one division at the end makes the result independent of n.
