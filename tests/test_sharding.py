@@ -48,7 +48,8 @@ def test_logits_are_equal_on_every_mesh(shape, alone):
     mesh = _mesh(*shape)
     inputs, params, want = alone
     sharded = qwen25_vl.init(CONFIG, jax.random.key(0), mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, params, sharded)
+    # The same random bits; how a shard is vectorised may decide the last bit of what is made of them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8, rtol=3e-7), params, sharded)
     with jax.default_matmul_precision("highest"):
         got = _logits(sharded, *(jax.device_put(a, sharding.batch(mesh)) for a in inputs))
     np.testing.assert_allclose(got, want, atol=1e-5)
