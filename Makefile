@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` work on a bare clone: each prepares .venv by itself.
 #   WORKDIR   where the quick start writes; an existing run is resumed
 #   ARGS      further arguments, e.g. make test ARGS="tests/test_optim.py -x"
+# `make test` leaves out the tests marked slow, `make test-all` runs them too.
 WORKDIR ?= runs/quickstart
 ARGS ?=
 
@@ -26,13 +27,16 @@ define install
 	fi
 endef
 
-.PHONY: quickstart test lint parity doctor venv clean
+.PHONY: quickstart test test-all lint parity doctor venv clean
 
 quickstart: venv
 	$(BIN)/python -m marc_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+test-all: venv
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check . $(ARGS)

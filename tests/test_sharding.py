@@ -18,29 +18,40 @@ def _mesh(data, fsdp, tensor):
     return sharding.make_mesh(data, fsdp, tensor, devices=jax.devices()[:count])
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
-def test_logits_are_equal_on_every_mesh(shape):
-    mesh = _mesh(*shape)
-    cfg = qwen25_vl.tiny(num_heads=8, num_kv_heads=2, tie_word_embeddings=False)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 320, (8, 9))
-    patches = rng.standard_normal((8, 16, 1176)).astype(np.float32)
+CONFIG = qwen25_vl.tiny(num_heads=8, num_kv_heads=2, tie_word_embeddings=False)
+
+
+@jax.jit
+def _logits(params, tokens, patches):
     index = np.where((np.arange(9) >= 2) & (np.arange(9) < 6), np.arange(9) - 2, -1) * np.ones((8, 1), int)
+    model = qwen25_vl.bind(CONFIG, params)
+    x = model.embed(tokens, model.vision(patches, (4, 4)), index)
+    pos = np.broadcast_to(np.arange(9), (3, 8, 9))
+    return model.logits(model.prefill(x, pos, np.ones((8, 9), bool))[0])
 
-    def logits(params, tokens, patches):
-        model = qwen25_vl.bind(cfg, params)
-        x = model.embed(tokens, model.vision(patches, (4, 4)), index)
-        pos = np.broadcast_to(np.arange(9), (3, 8, 9))
-        return model.logits(model.prefill(x, pos, np.ones((8, 9), bool))[0])
 
-    params = qwen25_vl.init(cfg, jax.random.key(0))
-    sharded = qwen25_vl.init(cfg, jax.random.key(0), mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, params, sharded)
+@pytest.fixture(scope="module")
+def alone():
+    """Inputs, parameters and logits on one device."""
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(0, 320, (8, 9)), rng.standard_normal((8, 16, 1176)).astype(np.float32)
+    params = qwen25_vl.init(CONFIG, jax.random.key(0))
     with jax.default_matmul_precision("highest"):
-        want = jax.jit(logits)(params, tokens, patches)
-        got = jax.jit(logits)(
-            sharded, *(jax.device_put(a, sharding.batch(mesh)) for a in (tokens, patches))
-        )
+        return inputs, params, _logits(params, *inputs)
+
+
+@pytest.mark.parametrize("shape", [
+    (2, 1, 1), (1, 1, 2), (2, 2, 2), (1, 1, 8), (1, 8, 1),
+    pytest.param((1, 1, 1), marks=pytest.mark.slow), pytest.param((1, 2, 2), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_logits_are_equal_on_every_mesh(shape, alone):
+    mesh = _mesh(*shape)
+    inputs, params, want = alone
+    sharded = qwen25_vl.init(CONFIG, jax.random.key(0), mesh=mesh)
+    # The same random bits; how a shard is vectorised may decide the last bit of what is made of them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8, rtol=3e-7), params, sharded)
+    with jax.default_matmul_precision("highest"):
+        got = _logits(sharded, *(jax.device_put(a, sharding.batch(mesh)) for a in inputs))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -9,12 +9,15 @@ from marc_jax.baselines import mean, moviechat, no_video, pooled, random, unifor
 
 KEY = jax.random.key(0)
 ALL = {
-    "mean": mean.compress,
-    "uniform": uniform.compress,
-    "random": lambda *a, **k: random.compress(*a, key=KEY, **k),
-    "pooled": pooled.compress,
-    "no_video": no_video.compress,
-    "moviechat": moviechat.compress,
+    name: jax.jit(compress, static_argnums=3)
+    for name, compress in {
+        "mean": mean.compress,
+        "uniform": uniform.compress,
+        "random": lambda *a: random.compress(*a, key=KEY),
+        "pooled": pooled.compress,
+        "no_video": no_video.compress,
+        "moviechat": moviechat.compress,
+    }.items()
 }
 
 
@@ -67,7 +70,7 @@ def test_uniform(video, keep):
 def test_random_takes_every_patch_equally_often_and_keeps_time(video):
     vis, mask, event = video
     draw = jax.jit(lambda key: random.compress(vis, mask, event, 2, key=key).weights_bkt)
-    weights = np.stack([draw(k) for k in jax.random.split(KEY, 400)])
+    weights = np.asarray(jax.vmap(draw)(jax.random.split(KEY, 400)))
     share = weights.sum(2).mean(0)
     np.testing.assert_allclose(share, 2 * mask / mask.sum(1, keepdims=True), atol=0.12)
     at = weights.argmax(-1)
@@ -91,7 +94,7 @@ def test_pooled(video, keep, m):
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 def test_moviechat(video, metric):
     vis, mask, event = video
-    out = moviechat.compress(vis, mask, event, 2, metric=metric)
+    out = jax.jit(moviechat.compress, static_argnums=3, static_argnames="metric")(vis, mask, event, 2, metric=metric)
     for b in range(3):
         frames = list(vis[b][mask[b]].astype(np.float64))
         while len(frames) > 2:

@@ -1,5 +1,7 @@
 """The dual encoder: unit vectors, no NaN from padding, learns to find what is asked for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ SIZES = embed.Sizes(features=16, vocab=20, length=8, width=32, embedding=16)
 
 @pytest.fixture(scope="module")
 def params():
-    return embed.init(jax.random.key(0), SIZES)
+    return jax.jit(embed.init, static_argnums=1)(jax.random.key(0), SIZES)
 
 
 def batch(rng, b=32, t=8, e=5):
@@ -37,13 +39,15 @@ def batch(rng, b=32, t=8, e=5):
     return feat, mask_bt, event_bt, needed_be, tokens, np.broadcast_to(mask_bl, tokens.shape)
 
 
-def forward(params, data, e=5):
+@jax.jit
+def forward(params, data):
     feat, mask_bt, event_bt, needed_be, tokens, mask_bl = data
-    emb, mask_be = embed.embed_events(params, feat, mask_bt, event_bt, e)
+    emb, mask_be = embed.embed_events(params, feat, mask_bt, event_bt, 5)
     query = embed.embed_questions(params, tokens, mask_bl)
     return emb, mask_be, query, needed_be
 
 
+@functools.partial(jax.jit, static_argnames="in_batch")
 def mean_loss(params, data, in_batch=0.0):
     emb, mask_be, query, needed = forward(params, data)
     total, count, _ = embed.loss(params, query, emb, mask_be, needed, in_batch=in_batch)
@@ -58,8 +62,8 @@ def test_unit_vectors_and_empty_events(params):
 
 def test_event_is_the_renormalised_mean_of_its_patches(params):
     feat, mask_bt, event_bt, *_ = batch(np.random.default_rng(0))
-    patches = np.asarray(embed.embed_patches(params, feat))
-    emb, _ = embed.embed_events(params, feat, mask_bt, event_bt, 5)
+    patches = np.asarray(jax.jit(embed.embed_patches)(params, feat))
+    emb = forward(params, batch(np.random.default_rng(0)))[0]
     mine = mask_bt[0] & (event_bt[0] == event_bt[0, 0])
     mean = patches[0][mine].mean(0)
     np.testing.assert_allclose(emb[0, event_bt[0, 0]], mean / np.linalg.norm(mean), atol=1e-4)
@@ -72,7 +76,8 @@ def test_gradients_are_finite_with_padded_events_and_zero_features(params, in_ba
     feat[1] = 0  # a black one
     feat[2, ~mask_bt[2]] = np.nan  # rubbish in the padding
     needed[3] = False
-    grad = jax.grad(mean_loss)(params, (feat, mask_bt, event_bt, needed, tokens, mask_bl), in_batch)
+    data = (feat, mask_bt, event_bt, needed, tokens, mask_bl)
+    grad = jax.jit(jax.grad(functools.partial(mean_loss, in_batch=in_batch)))(params, data)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
 
 
@@ -94,7 +99,7 @@ def test_learns_to_retrieve_one_and_several_events(params):
         updates, opt = tx.update(grad, opt)
         return optax.apply_updates(params, updates), opt, value
 
-    rng, opt = np.random.default_rng(3), tx.init(params)
+    rng, opt = np.random.default_rng(3), jax.jit(tx.init)(params)
     for _ in range(250):
         params, opt, value = step(params, opt, batch(rng))
     emb, mask_be, query, needed = forward(params, batch(np.random.default_rng(99), b=256))

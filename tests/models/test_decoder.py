@@ -1,5 +1,7 @@
 """Prefill, extend and decode_step are one model: every path gives the hidden states of the full forward pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +72,10 @@ def test_extend_gradients_equal_the_replicated_forward():
     case = _case()
     target = np.random.default_rng(5).standard_normal((B, G, R, 64))
     with jax.default_matmul_precision("highest"):
-        shared = jax.grad(lambda p: jnp.sum(_extend(p, case) * target))(case["params"])
-        remat = jax.grad(lambda p: jnp.sum(_extend(p, case, remat=True) * target))(case["params"])
-        replicated = jax.grad(lambda p: jnp.sum(_full(p, case) * target))(case["params"])
+        shared, remat, replicated = (
+            jax.jit(jax.grad(lambda p, hidden=hidden: jnp.sum(hidden(p, case) * target)))(case["params"])
+            for hidden in (_extend, functools.partial(_extend, remat=True), _full)
+        )
     for path, want in jax.tree_util.tree_leaves_with_path(replicated):
         for name, grads in (("shared", shared), ("remat", remat)):
             got = dict(jax.tree_util.tree_leaves_with_path(grads))[path]
@@ -104,10 +107,14 @@ def test_decode_steps_equal_extend_on_a_forced_sequence(unrolled):
 
 def test_padding_changes_nothing():
     case = _case()
-    model = qwen25_vl.bind(case["cfg"], case["params"])
-    hidden, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
-    other = dict(case, prompt_bp=np.where(case["mask_bp"], case["prompt_bp"], 7))
-    hidden2, _ = model.prefill(model.embed(other["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
+
+    @jax.jit
+    def prefill(params, prompt_bp):
+        model = qwen25_vl.bind(case["cfg"], params)
+        return model.prefill(model.embed(prompt_bp), case["pos_3bp"], case["mask_bp"])
+
+    hidden, prefix = prefill(case["params"], case["prompt_bp"])
+    hidden2, _ = prefill(case["params"], np.where(case["mask_bp"], case["prompt_bp"], 7))
     np.testing.assert_array_equal(np.asarray(hidden)[case["mask_bp"]], np.asarray(hidden2)[case["mask_bp"]])
     mask_bgr = np.broadcast_to(np.arange(R) < 4, (B, G, R))
     junk = KV(*(jnp.where(case["mask_bp"][None, :, :, None, None], x, 1e3) for x in (prefix.k, prefix.v)))

@@ -46,7 +46,7 @@ def test_gradients_do_not_depend_on_the_chunk(arrays, chunk):
         return logprob.chunked_logprob(hidden, head, jnp.asarray(arrays["targets"]), chunk, banned_ids=(0,))[0].clip(
             -20).sum()
 
-    whole, parts = (jax.grad(total, (0, 1))(hidden, head, c) for c in (100, chunk))
+    whole, parts = (jax.jit(jax.grad(total, (0, 1)), static_argnums=2)(hidden, head, c) for c in (100, chunk))
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -83,25 +83,26 @@ def test_equal_distributions_diverge_by_zero_and_banned_ones_stay_finite(arrays)
         def total(h, kind=kind):
             return logprob.chunked_divergence(h, head, hidden, head, kind=kind, banned_ids=(2,))[0].sum()
 
-        value, grad = jax.value_and_grad(total)(hidden)
+        value, grad = jax.jit(jax.value_and_grad(total))(hidden)
         assert abs(float(value)) < 1e-4
         np.testing.assert_allclose(grad, 0, atol=1e-5)
 
 
 def test_no_gradient_reaches_the_teacher(arrays):
     args = [jnp.asarray(arrays[n], jnp.float32) for n in ("hidden", "head", "other", "other_head")]
-    grads = jax.grad(lambda *a: logprob.chunked_divergence(*a)[0].sum(), (0, 1, 2, 3))(*args)
+    grads = jax.jit(jax.grad(lambda *a: logprob.chunked_divergence(*a)[0].sum(), (0, 1, 2, 3)))(*args)
     assert [bool(np.asarray(g).any()) for g in grads] == [True, True, False, False]
 
 
 def test_top_k_and_tail_bounds_the_full_divergence_and_meets_it_at_full_size(arrays):
     args = [jnp.asarray(arrays[n], jnp.float32) for n in ("hidden", "head", "other", "other_head")]
-    full = np.asarray(logprob.chunked_divergence(*args)[0])
-    sizes = [np.asarray(logprob.chunked_divergence(*args, top_k=k)[0]) for k in (1, 4, V - 1)]
+    divergence = jax.jit(logprob.chunked_divergence, static_argnames="top_k")
+    full = np.asarray(divergence(*args)[0])
+    sizes = [np.asarray(divergence(*args, top_k=k)[0]) for k in (1, 4, V - 1)]
     assert all((part <= full + 1e-5).all() for part in sizes)
     assert (np.diff([part.mean() for part in sizes]) >= -1e-6).all()
     np.testing.assert_allclose(sizes[-1], full, rtol=1e-3, atol=1e-4)
-    assert np.isfinite(logprob.chunked_divergence(*args, top_k=V)[0]).all()
+    assert np.isfinite(divergence(*args, top_k=V)[0]).all()
 
 
 def test_an_unknown_divergence_is_named():

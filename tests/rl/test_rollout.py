@@ -29,6 +29,7 @@ def score(params, vis, prompt, out, temperature=1.0, chunk=None):
     return rollout.score(model, vis, prompt, out, temperature=temperature, banned_ids=tiny.BANNED, chunk=chunk)
 
 
+@functools.cache
 def sampler(**overrides):
     settings = HOW | overrides
 

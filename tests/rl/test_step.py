@@ -21,9 +21,9 @@ HOW = Sampling(max_new=R, stop_ids=tiny.STOPS, pad_id=tiny.PAD, banned_ids=tiny.
 TX = optax.sgd(0.1)
 
 
-def encode(model, features_bnv):
+def encode(model, features_bnv, prompt):
     """Four features make a visual token: the merger trains, the vision blocks do not take part."""
-    return model.merge_features(features_bnv)
+    return model.merge_features(features_bnv), prompt
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,12 @@ def first(data):
 
 
 def sft_batch(data):
+    """Two continuations per prompt; the first tokens of some belong to the question and are not trained on."""
     rng = np.random.default_rng(5)
-    mask = np.arange(R) < np.array([5, 2, 0, 3])[:, None]
-    return step.SFTBatch(
-        data["prompt"], data["features"], jnp.asarray(rng.integers(7, 40, (B, R)), jnp.int32), jnp.asarray(mask)
-    )
+    mask = np.arange(R) < np.array([[5, 2], [0, 5], [4, 3], [3, 1]])[..., None]
+    train = mask & (np.arange(R) >= np.array([[2, 0], [0, 3], [1, 3], [0, 0]])[..., None])
+    tokens = jnp.asarray(rng.integers(7, 40, (B, 2, R)), jnp.int32)
+    return step.SFTBatch(data["prompt"], data["features"], tokens, jnp.asarray(mask), jnp.asarray(train))
 
 
 def close(one, two, **how):
@@ -61,16 +62,16 @@ def sft(data, first):
     return run, run(first, sft_batch(data))
 
 
-def test_sft_loss_is_the_mean_over_target_tokens(data, sft):
+def test_sft_loss_is_the_mean_over_trained_tokens(data, sft):
     batch, (_, metrics) = sft_batch(data), sft[1]
-    vis = encode(step.qwen25_vl.bind(tiny.CONFIG, data["params"]), data["features"])
-    z = tiny.replicated_logits(data["params"], vis, data["prompt"], batch.tokens_br[:, None], batch.mask_br[:, None])
-    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(z)), np.asarray(batch.tokens_br)[:, None, :, None], -1)
-    keep = np.asarray(batch.mask_br)
+    vis = step.qwen25_vl.bind(tiny.CONFIG, data["params"]).merge_features(data["features"])
+    z = tiny.replicated_logits(data["params"], vis, data["prompt"], batch.tokens_bgr, batch.mask_bgr)
+    logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(z)), np.asarray(batch.tokens_bgr)[..., None], -1)
+    keep = np.asarray(batch.train_bgr)
     value, count = metrics["loss"]
-    assert count == 10
-    np.testing.assert_allclose(value / count, -logp[:, 0, :, 0][keep].mean(), rtol=1e-5)
-    hits = (z[:, 0].argmax(-1) == np.asarray(batch.tokens_br))[keep]
+    assert count == keep.sum() == 14
+    np.testing.assert_allclose(value / count, -logp[..., 0][keep].mean(), rtol=1e-5)
+    hits = (z.argmax(-1) == np.asarray(batch.tokens_bgr))[keep]
     assert metrics["mean_token_accuracy"][0] == hits.sum()
 
 
@@ -111,7 +112,8 @@ def test_the_mesh_changes_nothing(data, first, sft):
     place = lambda x, *axes: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec(*axes)))  # noqa: E731
     prompt = dataclasses.replace(jax.tree.map(lambda x: x if x.ndim == 3 else place(x, "data"), batch.prompt),
                                  pos_3bp=place(batch.prompt.pos_3bp, None, "data"))
-    spread = step.SFTBatch(prompt, *(place(x, "data") for x in (batch.visual, batch.tokens_br, batch.mask_br)))
+    rest = batch.visual, batch.tokens_bgr, batch.mask_bgr, batch.train_bgr
+    spread = step.SFTBatch(prompt, *(place(x, "data") for x in rest))
     after, metrics = sft[0](jax.tree.map(place, first), spread)
     close(metrics, sft[1][1], rtol=1e-4, atol=1e-5)
     close(after.params, sft[1][0].params, atol=1e-5, rtol=1e-4)
@@ -203,7 +205,7 @@ def test_distillation_loss_is_the_mean_kl_over_the_vocabulary_and_falls(data, fi
     now, metrics = run(first, distill_batch(data, full), data["params"])
 
     def logp(features):
-        vis = encode(step.qwen25_vl.bind(tiny.CONFIG, data["params"]), features)
+        vis = step.qwen25_vl.bind(tiny.CONFIG, data["params"]).merge_features(features)
         drawn = data["drawn"]
         z = tiny.replicated_logits(data["params"], vis, data["prompt"], drawn.tokens_bgr, drawn.mask_bgr)
         z = np.delete(z, tiny.BANNED, axis=-1)
