@@ -29,7 +29,10 @@ endef
 
 .PHONY: quickstart test test-all lint parity doctor venv clean
 
+# On a CPU: one simulated device per core used, and a malloc that keeps its pages between steps.
 quickstart: venv
+	@XLA_FLAGS="$${XLA_FLAGS:---xla_force_host_platform_device_count=2}" \
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483648 MALLOC_TOP_PAD_=268435456 \
 	$(BIN)/python -m marc_jax.train --config=experiments/quickstart.py --workdir=$(WORKDIR) $(ARGS)
 
 test: venv

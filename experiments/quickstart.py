@@ -64,4 +64,22 @@ def get_config():
         ("cgrpo", "cgrpo", "marc", "C-GRPO from the untrained student, one patch"),
     ):
         c.eval.arms[key] = {"stage": stage, "view": view, "label": label, "group": "student"}
+
+    c.eval.claims = ConfigDict()
+    for name, text, arm, minus, least in (
+        ("teacher", "the teacher reads the videos", "teacher", "", 85.0),
+        ("loss", "compression alone loses clearly", "teacher", "untrained", 30.0),
+        ("training", "training the student on compressed tokens recovers", "sft", "untrained", 25.0),
+        ("retrieval", "retrieval before compression matters, trained", "sft", "sft_whole", 20.0),
+        ("three", "three retrieved events beat one, trained", "sft", "sft_k1", 5.0),
+        ("distillation", "distillation from the teacher recovers without any label", "distill", "untrained", 10.0),
+        ("reward", "C-GRPO raises its starting point on reward alone", "cgrpo", "untrained", 3.0),
+        ("budget", "one patch per retrieved event against one patch in all, untrained", "per_event", "untrained", 30.0),
+    ):
+        c.eval.claims[name] = {"text": text, "arm": arm, "minus": minus, "at_least": least}
+    for name, text, arm, most in (
+        ("blind", "no video: near chance (12.5 over these types)", "blind", 16.0),
+        ("random", "one random patch: near chance plus the one event it shows", "random", 20.0),
+    ):
+        c.eval.claims[name] = {"text": text, "arm": arm, "at_most": most}
     return c

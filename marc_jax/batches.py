@@ -73,19 +73,25 @@ class Prompter:
         self._answer = functools.lru_cache(maxsize=200_000)(self._encode_answer)
         self._text = functools.lru_cache(maxsize=200_000)(lambda text: np.array(tokenizer.encode(text), np.int32))
 
-    def _build(self, text: str, kept: int, patches: int):
-        """`kept` patches' placeholders at temporal offset 0; the text goes on after a video of `patches`."""
+    def _build(self, text: str, kept: int):
+        """`kept` patches' placeholders at temporal offset 0, taking no more positions than one patch does."""
         h, w = self.grid_hw
-        extent = max(int((patches - 1) * self.time_scale + 1e-4) + 1, h, w)
-        place = Placeholder(kind="video", grid=(kept, h, w), t_ids=(0,) * kept, extent=extent)
+        place = Placeholder(kind="video", grid=(kept, h, w), t_ids=(0,) * kept, extent=max(h, w))
         return build_prompt(self.tokenizer, text, [place], system=self.system)
+
+    def prompt(self, text: str, kept: int, patches: int):
+        """The prompt of a question about a video of `patches`, of which `kept` are read: its text goes on after all."""
+        base, (h, w) = self._prompt(text, kept), self.grid_hw
+        late = max(int((patches - 1) * self.time_scale + 1e-4) + 1, h, w) - max(h, w)
+        after = np.arange(len(base.tokens)) > np.flatnonzero(base.vis_index >= 0)[-1]
+        return dataclasses.replace(base, pos=base.pos + late * after, next_pos=base.next_pos + late)
 
     def _encode_answer(self, text: str) -> np.ndarray:
         return np.array([*self.tokenizer.encode(text), self.tokenizer.id("<|im_end|>")], np.int32)
 
     def prompts(self, texts, kept: int, patches_b, length: int) -> PromptBatch:
         """Whole prompts, right-padded to `length`."""
-        return _stack([self._prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
+        return _stack([self.prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
 
     def split(self, texts_bg, answers_bg, kept: int, patches_b, sizes: Sizes):
         """Prompts cut behind their last visual token: the shared prefix, and per question the rest with its answer.
@@ -101,7 +107,7 @@ class Prompter:
         prefixes = []
         for i, (texts, answers, t) in enumerate(zip(texts_bg, answers_bg, patches_b, strict=True)):
             for j, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                prompt = self._prompt(text, kept, int(t))
+                prompt = self.prompt(text, kept, int(t))
                 cut = int(np.flatnonzero(np.asarray(prompt.vis_index) >= 0)[-1]) + 1
                 rest, target = np.asarray(prompt.tokens[cut:]), self._answer(answer)
                 if len(rest) > sizes.question or len(target) > sizes.answer:

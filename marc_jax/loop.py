@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -29,6 +30,7 @@ def fit(
     name: str,
     workdir: Path,
     state: TrainState,
+    draw: Callable,
     step_fn: Callable,
     pace: Pace,
     *,
@@ -40,8 +42,9 @@ def fit(
     Args:
       name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
       state: the initial state; also the restore target (shapes, dtypes, shardings).
-      step_fn: (state, step) -> (state, metrics dict); all randomness from (seed, step), so a resumed run repeats and
-        skips nothing.
+      draw: step -> batch, a function of the step number alone, so a resumed run repeats and skips nothing; the next
+        batch is drawn in a thread while the device computes.
+      step_fn: (state, batch) -> (state, metrics dict).
       stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`.
       meta: stored beside the arrays (the config, the stage it started from).
 
@@ -59,10 +62,14 @@ def fit(
     with (
         metrics.Writer(workdir, name, resume_step=begin) as writer,
         metrics.Progress(name, total=pace.steps, start=begin) as progress,
+        ThreadPoolExecutor(1) as ahead,
     ):
-        pending = []
+        pending, coming = [], ahead.submit(draw, begin)
         for step in range(begin, pace.steps):
-            state, values = step_fn(state, step)
+            batch = coming.result()
+            if step + 1 < pace.steps:
+                coming = ahead.submit(draw, step + 1)
+            state, values = step_fn(state, batch)
             pending.append(values)
             last = step + 1 == pace.steps
             if (step + 1) % pace.log_every == 0 or last:

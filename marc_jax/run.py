@@ -126,11 +126,13 @@ class Run:
         tree, _ = checkpoint.restore(self.workdir / names[-1] / "checkpoints", {"params": shapes}, partial=True)
         self.retriever = self.whole(optim.unflatten(tree["params"]))
 
-    def use_retriever(self, flat: dict, source: str) -> None:
-        """Takes the trained retriever (flat parameters) and embeds the events of the training pool with it."""
-        self.retriever = self.whole(optim.unflatten(flat))
-        if self.recomposer is None:
-            return
+    def finished(self, stage: str) -> bool:
+        """Whether the stage has a checkpoint of its last step."""
+        return checkpoint.latest(self.workdir / stage / "checkpoints") == self.config[stage].steps
+
+    def use_retriever(self, retriever: dict, source: str) -> None:
+        """Takes the trained retriever and embeds the events of the training pool with it."""
+        self.retriever = self.whole(retriever)
         features = self.bank("features", self.parameters(source))
         pool, row_e = self.recomposer.pool, self.recomposer.row_e
         most = int(pool.patches_e.max())

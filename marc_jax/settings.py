@@ -72,6 +72,11 @@ def arm() -> ConfigDict:
     return ConfigDict({"stage": "", "view": "full", "label": "", "group": "baseline", "note": ""})
 
 
+def claim() -> ConfigDict:
+    """`arm` (minus the arm `minus`) should be at least / at most so many points; headline accuracy in percent."""
+    return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
+
+
 def experiment(path: str, overrides=None) -> ConfigDict:
     """Defaults, then the file, then the command line's overrides; locked and checked.
 
@@ -81,7 +86,9 @@ def experiment(path: str, overrides=None) -> ConfigDict:
     full = base()
     open_groups = {"views": given.get("views", {}), "arms": given.get("eval", {}).get("arms", {})}
     names = [name for name in given if isinstance(given[name], ConfigDict) and "kind" in given[name]]
-    full.views, full.eval.arms = ConfigDict(), ConfigDict()
+    full.views, full.eval.arms, full.eval.claims = ConfigDict(), ConfigDict(), ConfigDict()
+    for name in given.get("eval", {}).get("claims", {}):
+        full.eval.claims[name] = claim()
     for name in open_groups["views"]:
         full.views[name] = view()
     for name in open_groups["arms"]:
@@ -124,6 +131,8 @@ def validate(config: ConfigDict) -> None:
     for name in config.stages:
         wrong += _stage_problems(config, name, done)
         done.append(name)
+    claimed = {config.eval.claims[name][side] for name in config.eval.claims for side in ("arm", "minus")}
+    wrong += [f"eval.claims names the unknown arm {a!r}" for a in sorted(claimed - {"", *config.eval.arms})]
     wrong += [problem for name in config.eval.arms for problem in _arm_problems(config, name, done)]
     if wrong:
         raise ConfigError("; ".join(f"config.{problem}" for problem in wrong))

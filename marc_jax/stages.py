@@ -1,4 +1,4 @@
-"""The training stages: each builds a TrainState and a step function for `loop.fit`.
+"""The training stages: each builds a TrainState, a `draw(step) -> batch` and a `step(state, batch)` for `loop.fit`.
 
     sft         maximum likelihood of templated answers, for the teacher (every patch) or a student (compressed)
     retriever   contrastive question/event embeddings
@@ -26,11 +26,14 @@ from marc_jax.run import Run
 
 
 def build(run: Run, name: str):
-    """(state, step_fn, trainable names) of the stage `config[name]`."""
+    """(state, draw, step, trainable names) of the stage `config[name]`."""
     kinds = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
     stage = run.config[name]
     if stage.kind not in kinds:
         raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(kinds)}")
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    if stage.videos % ways:
+        raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
     return kinds[stage.kind](run, name, stage)
 
 
@@ -88,7 +91,7 @@ def sft(run: Run, name: str, stage):
 
     advance = _jit(advance, first)
 
-    def run_step(now, number: int):
+    def draw(number: int):
         asked = run.recomposer.draw(name, number, stage.videos, stage.questions, stage.events, stage.types)
         index = asked.videos.index(sizes)
         kept = view.kept(sizes.patches, sizes.event)
@@ -97,9 +100,13 @@ def sft(run: Run, name: str, stage):
         blind = np.arange(stage.videos) < stage.blind * stage.videos
         index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
         queries = run.prompter.queries(asked.problems[:: stage.questions], sizes.question)
-        return advance(now, bank, run.split(index), run.retriever, *run.split(queries, *split))
+        return run.split(index, queries, *split)
 
-    return first, run_step, tuple(first.params)
+    def learn(now, batch):
+        index, *others = batch
+        return advance(now, bank, index, run.retriever, *others)
+
+    return first, draw, learn, tuple(first.params)
 
 
 def retriever(run: Run, name: str, stage):
@@ -129,12 +136,12 @@ def retriever(run: Run, name: str, stage):
 
     advance = _jit(advance, first)
 
-    def run_step(now, number: int):
+    def draw(number: int):
         asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
         queries = run.prompter.queries(asked.problems, sizes.question)
-        return advance(now, bank, *run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events)))
+        return run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events))
 
-    return first, run_step, tuple(first.params)
+    return first, draw, lambda now, batch: advance(now, bank, *batch), tuple(first.params)
 
 
 def _two_views(run: Run, stage):
@@ -172,11 +179,11 @@ def distill(run: Run, name: str, stage):
 
     advance = _jit(advance, first)
 
-    def run_step(now, number: int):
-        _, (index, *others) = _prompt_pair(run, stage, name, number, sizes, view, full)
+    def learn(now, batch):
+        _, (index, *others) = batch
         return advance(now, teacher, (bank, teacher_bank), index, run.retriever, *others)
 
-    return first, run_step, tuple(first.params)
+    return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
 
 
 def cgrpo(run: Run, name: str, stage):
@@ -200,25 +207,25 @@ def cgrpo(run: Run, name: str, stage):
         done = sample(now.model, prompt, visual, keys)
         return visual, done, sample_full(teacher, full_prompt, full_visual, full_keys)
 
-    def learn(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
+    def improve(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
         gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
         now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), teacher)
         return now, values | more
 
-    learn = _jit(learn, first)
+    improve = _jit(improve, first)
 
-    def run_step(now, number: int):
-        asked, (index, queries, prompt, *others) = _prompt_pair(run, stage, name, number, sizes, view, full)
+    def learn(now, batch):
+        asked, (index, queries, prompt, *others) = batch
         banks = (bank, teacher_bank)
         visual, done, full_done = sample_both(now, teacher, banks, index, run.retriever, queries, prompt, *others)
         right_bg, format_bg = judge(run, done, asked)
         a_full_b = judge(run, full_done, asked)[0].mean(1)
         kept = rewards.retention(right_bg, a_full_b, np.zeros(len(a_full_b), bool), keeping)
-        now, values = learn(now, teacher, prompt, visual, done, *run.split(right_bg + format_bg, kept.bonus_bg))
+        now, values = improve(now, teacher, prompt, visual, done, *run.split(right_bg + format_bg, kept.bonus_bg))
         host = {"accuracy": right_bg.mean(), "format": format_bg.mean(), "teacher_accuracy": a_full_b.mean()}
         return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
 
-    return first, run_step, tuple(first.params)
+    return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
 
 
 def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ def main() -> None:
 
     import time
 
-    from marc_jax import loop, run, stages
+    from marc_jax import loop, optim, run, stages
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
@@ -42,16 +42,18 @@ def main() -> None:
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
     with Interrupt() as stop:
         for name in config.stages:
-            chosen = not any(config.only) or name in config.only
-            if not chosen and config[name].kind != "retriever":  # a retriever is needed by what comes after it
+            if any(config.only) and name not in config.only:
+                if config[name].kind == "retriever" and here.finished(name):
+                    here.load_retriever()  # what comes after it needs it
+                    here.use_retriever(here.retriever, config[name].init)
                 continue
             begun = time.monotonic()
-            first, step_fn, trainable = stages.build(here, name)
+            first, draw, step_fn, trainable = stages.build(here, name)
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
-            state, _ = loop.fit(name, workdir, first, step_fn, pace, stop=stop, meta=meta)
+            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta)
             if config[name].kind == "retriever":
-                here.use_retriever(state.params, config[name].init)
+                here.use_retriever(optim.unflatten(state.params), config[name].init)
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report

@@ -70,6 +70,7 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         "arms": arms,
         "apart": list(apart),
         "chance": scoring.chance(rows[config.eval.teacher], apart=apart),
+        "claims": claims(arms, config),
         "comparisons": compared(rows, config, apart),
         "retriever": run.retrieval(here, test),
         "segmentation": run.segmentation(test.found, test.records),
@@ -84,6 +85,20 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         "decoding": f"greedy, at most {config.max_new_tokens} tokens",
         "config": config.to_dict(),
     }
+
+
+def claims(arms: list[dict], config) -> list[dict]:
+    """config.eval.claims beside what was measured: headline accuracies and differences of them, in points."""
+    score = {arm["key"]: arm["headline"]["accuracy"] for arm in arms}
+    out = []
+    for c in (config.eval.claims[name] for name in config.eval.claims):
+        if c.arm not in score or (c.minus and c.minus not in score):
+            continue
+        value = score[c.arm] - (score[c.minus] if c.minus else 0.0)
+        met = (c.at_least < 0 or value >= c.at_least) and (c.at_most < 0 or value <= c.at_most)
+        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}"
+        out.append({"text": c.text, "target": target, "measured": round(value, 1), "met": bool(met)})
+    return out
 
 
 def compared(rows: dict, config, apart) -> list[dict]:

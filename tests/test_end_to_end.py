@@ -1,0 +1,156 @@
+"""The quick start, shrunken, through every stage and every entry: train, resume, eval, index, ask."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+SHRINK = '''
+import runpy
+
+from ml_collections import ConfigDict
+
+ARMS = ("teacher", "blind", "untrained", "sft", "cgrpo")
+
+
+def get_config():
+    c = runpy.run_path({quickstart!r})["get_config"]()
+    c.data.train_videos, c.data.test_videos, c.data.workers = 24, 12, 0
+    c.model = {{
+        "vision": {{"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}},
+        "text": {{"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}},
+    }}
+    c.stages = ("clips", "teacher", "retriever", "sft", "distill", "cgrpo")
+    c.clips = {{"kind": "sft", "visual": "pixels", "events": (1, 1), "types": ("colour", "count"), "videos": 4}}
+    c.clips.update(questions=2, steps=3, trainable=(".*",))
+    c.teacher.init = "clips"
+    for name in c.stages[1:]:
+        c[name].videos, c[name].steps = 4, 3
+    c.cgrpo.group = 2
+    c.eval.arms = {{key: c.eval.arms[key] for key in ARMS}}
+    c.eval.claims = {{}}
+    c.eval.batch, c.eval.pictures, c.log_every, c.save_every = 6, 2, 1, 2
+    return c
+'''
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, repo):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.py").write_text(SHRINK.format(quickstart=str(repo / "experiments" / "quickstart.py")))
+    run = start(repo, folder, "train", f"--workdir={folder / 'run'}")
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def start(repo, folder: pathlib.Path, entry: str, *arguments: str, config: bool = True):
+    """One entry as a user calls it, on two simulated devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    command = [sys.executable, "-m", f"marc_jax.{entry}", *([f"--config={folder / 'tiny.py'}"] if config else [])]
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return subprocess.run(
+        [*command, *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_stage_leaves_metrics_and_a_checkpoint(place):
+    for stage in ("clips", "teacher", "retriever", "sft", "distill", "cgrpo"):
+        rows = lines(place / "run" / stage / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        assert all(row["loss"] is not None for row in rows), stage
+        assert list((place / "run" / stage / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_the_report_is_whole(place):
+    folder = place / "run" / "report"
+    results = json.loads((folder / "results.json").read_text())
+    assert {arm["key"] for arm in results["arms"]} == {"teacher", "blind", "untrained", "sft", "cgrpo"}
+    tokens = {arm["key"]: arm["visual_tokens"] for arm in results["arms"]}
+    assert tokens["blind"] == 0 and tokens["untrained"] == 4 and tokens["teacher"] > 4 * tokens["sft"] - 1
+    assert all(arm["n"] == 12 for arm in results["arms"])
+    assert results["retriever"]["n"] == 12 and results["segmentation"]["videos"] == 12
+    pictures = [folder / sample["path"] for sample in results["samples"]]
+    assert len(pictures) == 2 and all(path.stat().st_size > 10_000 for path in pictures)
+    assert "<html" in (folder / "report.html").read_text() and (folder / "report.md").stat().st_size > 1000
+
+
+def test_a_finished_run_does_nothing_again_and_another_config_is_refused(place, repo):
+    before = (place / "run" / "sft" / "metrics.jsonl").read_bytes()
+    again = start(repo, place, "train", f"--workdir={place / 'run'}", "--config.only=('sft',)")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert (place / "run" / "sft" / "metrics.jsonl").read_bytes() == before
+    other = start(repo, place, "train", f"--workdir={place / 'run'}", "--config.sft.optimizer.learning_rate=0.5")
+    assert other.returncode == 2 and "started with another config (different: sft)" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+def test_a_second_run_and_a_resumed_run_give_the_same_losses(place, repo):
+    """Deleting the last checkpoint of a stage makes the run go on from the one before."""
+    folder = place / "run" / "clips"
+    first = lines(folder / "metrics.jsonl")
+    second = place / "second"
+    shared = f"--config.data.path={place / 'run' / 'data'}"
+    run = start(repo, place, "train", f"--workdir={second}", "--config.only=('clips',)", shared)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert lines(second / "clips" / "metrics.jsonl") == first
+    shutil.rmtree(second / "clips" / "checkpoints" / "step_00000003")
+    run = start(repo, place, "train", f"--workdir={second}", "--config.only=('clips',)", shared)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert lines(second / "clips" / "metrics.jsonl") == first
+
+
+def test_eval_reproduces_the_report(place, repo):
+    run = start(repo, place, "eval", f"--checkpoint={place / 'run'}", f"--out={place / 'eval'}")
+    assert run.returncode == 0, run.stderr[-3000:]
+    for path in sorted((place / "run" / "report" / "predictions").glob("*.jsonl")):
+        assert (place / "eval" / "predictions" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_ask_from_a_file_and_from_a_memory_say_the_same(place, repo):
+    video = place / "run" / "data" / "videos" / "test" / "000000.mp4"
+    asked = (f"--checkpoint={place / 'run'}", f"--video={video}", "--question=how many in blue stripes ?")
+    plain = start(repo, place, "ask", *asked, f"--picture={place / 'ask.png'}", config=False)
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    assert "visual tokens: 4 of" in plain.stdout and "decode per token" in plain.stdout and "event " in plain.stdout
+    assert (place / "ask.png").stat().st_size > 10_000
+    memory = place / "memory"
+    indexed = start(
+        repo, place, "index", f"--checkpoint={place / 'run'}", f"--memory={memory}",
+        f"--videos={video},{place / 'tiny.py'}", config=False,
+    )  # fmt: skip
+    assert indexed.returncode == 2 and f"{place / 'tiny.py'}:" in indexed.stderr and "1 of 2 videos" in indexed.stdout
+    recalled = start(repo, place, "ask", *asked, f"--memory={memory}", "--picture=", config=False)
+    assert recalled.returncode == 0, recalled.stderr[-3000:]
+    assert recalled.stdout.splitlines()[:4] == plain.stdout.splitlines()[:4]
+
+
+def test_a_bad_file_is_one_line_and_exit_code_2(place, repo):
+    (place / "empty.mp4").write_bytes(b"")
+    for name in ("missing.mp4", "empty.mp4", "tiny.py"):
+        run = start(
+            repo, place, "ask", f"--checkpoint={place / 'run'}", f"--video={place / name}", "--question=why ?",
+            f"--picture={place / 'bad.png'}", config=False,
+        )  # fmt: skip
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and name in run.stderr, run.stderr
+    assert not (place / "bad.png").exists()
+
+
+def test_impossible_settings_stop_before_anything_compiles(place, repo):
+    for argument, words in (
+        ("--config.sft.view=nowhere", "config.sft.view = 'nowhere' is not one of config.views"),
+        ("--config.cgrpo.group=1", "at least 2 rollouts"),
+        ("--config.sft.stepz=3", "unknown key config.sft.stepz; did you mean config.sft.steps?"),
+        ("--config.sft.steps=many", "config.sft.steps is of type int"),
+        ("--config.data.size=50", "multiple of 28"),
+    ):
+        run = start(repo, place, "train", f"--workdir={place / 'never'}", argument)
+        assert run.returncode == 2 and words in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (place / "never").exists()
