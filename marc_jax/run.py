@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -251,25 +252,40 @@ def read_records(folder: Path, split: str) -> list[dict]:
     return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
 
 
-def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> tuple[list[np.ndarray], list]:
-    """uint8 patches [t, n, 1176] of each file, read through the ordinary video reader; one bad file stops the run."""
+def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
+    """Files that cannot be read are left out, named in `<workdir>/unreadable.jsonl`, and never replaced by others.
+
+    Raises ConfigError beyond one in a hundred: then something else is wrong.
+    """
+    if not errors:
+        return
+    path = run.workdir / "unreadable.jsonl"
+    path.write_text("".join(json.dumps(error) + "\n" for error in errors), encoding="utf-8")
+    line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
+    if len(errors) > 0.01 * total:
+        raise ConfigError(line)
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> dict[str, np.ndarray]:
+    """{name: uint8 patches [t, n, 1176]} of the files that can be read, through the ordinary video reader."""
     with metrics.Progress(label, len(names)) as bar:
         clips, errors = loader.decode_many(
             [folder / name for name in names], run.sampling.read, workers=run.config.data.workers,
             progress=lambda done, _: bar.update(done),
         )  # fmt: skip
-    if errors:
-        raise ConfigError(f"{len(errors)} of {len(names)} videos cannot be read; first: {errors[0]['reason']}")
-    return [frames_to_pixel_patches(clip.frames)[0] for clip in clips], clips
+    report_unreadable(run, errors, len(names))
+    read = zip(names, clips, strict=True)
+    return {name: frames_to_pixel_patches(clip.frames)[0] for name, clip in read if clip is not None}
 
 
 def load_training(run: Run) -> None:
     """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
     folder = data_folder(run.config, run.workdir)
-    pool, places = recompose.pool_from_records(read_records(folder, "train"))
-    names = list(dict.fromkeys(path for path, _, _ in places))
-    pixels, _ = decode_pixels(run, folder, names, "decode")
-    first = dict(zip(names, np.cumsum([0] + [len(p) for p in pixels[:-1]]), strict=True))
+    records = read_records(folder, "train")
+    pixels = decode_pixels(run, folder, list(dict.fromkeys(record["path"] for record in records)), "decode")
+    pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
+    first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
     row_e = np.array([first[path] + start for path, start, _ in places])
-    run.pixels = run.whole(np.concatenate(pixels))
+    run.pixels = run.whole(np.concatenate(list(pixels.values())))
     run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)

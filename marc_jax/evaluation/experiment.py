@@ -19,6 +19,8 @@ from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.run import Run, data_folder
 
+GROUP_ORDER = ("teacher", "student", "baseline")
+
 
 def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path | None = None) -> dict:
     """Answers the held-out questions and writes the report. Returns the results.
@@ -40,7 +42,8 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     folder = folder or here.workdir / "report"
     predictions = {arm: str(run.write_predictions(folder / "predictions", arm, rows[arm])) for arm in rows}
     samples = draw_samples(here, test, sources, rows, folder)
-    timings["total"] = time.monotonic() - started
+    timings["pictures"] = time.monotonic() - begun - timings["memory"] - timings["evaluation"]
+    print(f"everything took {time.monotonic() - started:.0f} s")
     results = assemble(here, test, rows, timings) | {"predictions": predictions, "samples": samples}
     written = report.write(folder, results)
     print(f"report: {written['html']}")
@@ -65,6 +68,7 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         arms.append({"key": key, "label": arm.label or key, "group": arm.group, "note": arm.note, **tables[key]})
         if key == config.eval.main:
             arms[-1]["main"] = True
+    arms.sort(key=lambda arm: (GROUP_ORDER.index(arm["group"]), -arm["headline"]["accuracy"]))
     return {
         "title": config.title,
         "arms": arms,
@@ -130,7 +134,8 @@ def draw_samples(here: Run, test: run.TestSet, sources, rows, folder: Path) -> l
         if record["question_type"] in seen or len(made) >= here.config.eval.pictures:
             continue
         seen.add(record["question_type"])
-        said = {here.config.eval.arms[a].label or a: (rows[a][i]["completion"], rows[a][i]["correct"]) for a in rows}
+        order = sorted(rows, key=lambda a: GROUP_ORDER.index(here.config.eval.arms[a].group))
+        said = {here.config.eval.arms[a].label or a: (rows[a][i]["completion"], rows[a][i]["correct"]) for a in order}
         path = folder / "samples" / f"{record['question_type']}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         clip = here.sampling.read(data_folder(here.config, here.workdir) / record["path"])

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
+from data_pipelines.video import VideoError
 from marc_jax import metrics
 from marc_jax.batches import Sizes, Videos, question_text
 from marc_jax.config import ConfigError
@@ -18,7 +19,7 @@ from marc_jax.evaluation import judging, report
 from marc_jax.memory import embed, indexer, store
 from marc_jax.memory import view as views
 from marc_jax.rl import rollout, step
-from marc_jax.run import Run, data_folder, read_records
+from marc_jax.run import Run, data_folder, read_records, report_unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TestSet:
       bank: {"features": [N, n, V], "pixels": uint8 [N, n, 1176]}; patches of all test videos, one after the other.
       videos: spans of each question's video, B = questions.
       found: {path: MemoryEntry} for pictures and the segmentation score.
+      unreadable: records whose video cannot be read: counted in every arm, never scored.
     """
 
     records: list[dict]
@@ -37,6 +39,7 @@ class TestSet:
     videos: Videos
     sizes: Sizes
     found: dict[str, store.MemoryEntry]
+    unreadable: tuple[dict, ...] = ()
 
 
 def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
@@ -50,10 +53,18 @@ def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
         store.MemoryWriter(memory, worker.fingerprint) as writer,
         metrics.Progress("memory", len(names)) as bar,
     ):
+        errors = {}
         for i, name in enumerate(names):
-            if name not in writer:
-                writer.add(name, worker.file(folder / name))
+            try:
+                if name not in writer:
+                    writer.add(name, worker.file(folder / name))
+            except VideoError as error:
+                errors[name] = {"row": i, "path": name, "reason": str(error)}
             bar.update(i + 1)
+    report_unreadable(run, list(errors.values()), len(names))
+    unreadable = tuple(record for record in records if record["path"] in errors)
+    records = [record for record in records if record["path"] not in errors]
+    names = [name for name in names if name not in errors]
     reader = store.MemoryReader(memory, worker.fingerprint)
     found = {name: reader.get_checked(name, store.file_sha256(folder / name)) for name in names}
     bank = {"features": np.concatenate([found[name].tokens for name in names])}
@@ -64,7 +75,7 @@ def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
     most = max(len(entry.event_spans) for entry in found.values())
     longest = max(int(np.diff(entry.event_spans, axis=1).max()) for entry in found.values())
     sizes = dataclasses.replace(run.sizes, events=max(most, run.sizes.events), event=max(longest, run.sizes.event))
-    return TestSet(records, bank, _spans(records, found, first, sizes), sizes, found)
+    return TestSet(records, bank, _spans(records, found, first, sizes), sizes, found, unreadable)
 
 
 def _spans(records, found, first, sizes: Sizes) -> Videos:
@@ -151,7 +162,8 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
             for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
                 rows.append(_row(run, record, tokens[mask], int(count)))
             bar.update(len(rows))
-    return rows
+    fields = ("problem_id", "question_type", "problem_type", "solution")
+    return rows + [{**{f: record[f] for f in fields}, "error": "unreadable video"} for record in test.unreadable]
 
 
 def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
@@ -171,7 +183,7 @@ def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
     completion = run.tokenizer.decode(tokens.tolist())
     stopped = bool(len(tokens)) and int(tokens[-1]) in run.tokenizer.stop_ids
     verdict = judging.judge(completion, record["solution"], record["problem_type"])
-    fields = ("problem_id", "question_type", "problem_type", "solution", "options")
+    fields = ("problem_id", "question_type", "problem_type", "solution")  # chance: from the distinct solutions
     return {
         **{name: record[name] for name in fields}, "video": record["path"], "completion": completion,
         "correct": bool(verdict["correct"]), "format_ok": bool(verdict["format_ok"]), "truncated": not stopped,
