@@ -4,8 +4,8 @@
     python -m marc_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart
 
 Data: 56x56 videos of 6 to 8 scenes, rendered to MP4 files and read back (data_pipelines/synthetic).
-Model: the Qwen2.5-VL architecture with a 2-layer vision tower and a 3-layer decoder. The teacher starts from the shipped
-weights that experiments/quickstart_teacher.py makes; everything else is trained here.
+Model: the Qwen2.5-VL architecture with a 2-layer vision tower and a 3-layer decoder. The teacher starts from the
+shipped weights that experiments/quickstart_teacher.py makes; everything else is trained here.
 """
 
 from ml_collections import ConfigDict
