@@ -47,8 +47,14 @@ def get_config():
     c.cgrpo = {"kind": "cgrpo", **student, "videos": 32, "steps": 600, "group": 8, "temperature": 1.2, "beta": 0.002}
     c.cgrpo.optimizer = {"learning_rate": 5e-4}
 
-    c.eval = ConfigDict({"main": "sft", "arms": {}})
-    c.eval.arms.teacher = {"stage": "teacher", "view": "full", "group": "teacher", "label": "teacher, every patch"}
+    c.eval = ConfigDict({"main": "sft", "arms": arms(), "claims": claims()})
+    return c
+
+
+def arms():
+    """Who answers the held-out questions, looking how."""
+    c = ConfigDict()
+    c.teacher = {"stage": "teacher", "view": "full", "group": "teacher", "label": "teacher, every patch"}
     for key, view, label in (
         ("blind", "blind", "no video"),
         ("random", "random", "one random patch"),
@@ -58,7 +64,7 @@ def get_config():
         ("untrained_k1", "marc_k1", "one retrieved event, one patch, untrained"),
         ("per_event", "per_event", "one patch per retrieved event, untrained"),
     ):
-        c.eval.arms[key] = {"stage": "teacher", "view": view, "label": label}
+        c[key] = {"stage": "teacher", "view": view, "label": label}
     for key, stage, view, label in (
         ("sft_whole", "sft_whole", "whole", "SFT, whole video merged to one patch"),
         ("sft", "sft", "marc", "SFT, retrieval + one patch"),
@@ -66,9 +72,13 @@ def get_config():
         ("distill", "distill", "marc", "on-policy distillation, no labels, one patch"),
         ("cgrpo", "cgrpo", "marc", "C-GRPO from the untrained student, one patch"),
     ):
-        c.eval.arms[key] = {"stage": stage, "view": view, "label": label, "group": "student"}
+        c[key] = {"stage": stage, "view": view, "label": label, "group": "student"}
+    return c
 
-    c.eval.claims = ConfigDict()
+
+def claims():
+    """What the report says of its own numbers: headline accuracies and differences, in points."""
+    c = ConfigDict()
     for name, text, arm, minus, least in (
         ("teacher", "the teacher reads the videos", "teacher", "", 85.0),
         ("loss", "compression alone loses clearly", "teacher", "untrained", 30.0),
@@ -79,10 +89,10 @@ def get_config():
         ("reward", "C-GRPO raises its starting point on reward alone", "cgrpo", "untrained", 3.0),
         ("budget", "one patch per retrieved event against one patch in all, untrained", "per_event", "untrained", 30.0),
     ):
-        c.eval.claims[name] = {"text": text, "arm": arm, "minus": minus, "at_least": least}
+        c[name] = {"text": text, "arm": arm, "minus": minus, "at_least": least}
     for name, text, arm, most in (
         ("blind", "no video: near chance (12.5 over these types)", "blind", 16.0),
         ("random", "one random patch: near chance plus the one event it shows", "random", 20.0),
     ):
-        c.eval.claims[name] = {"text": text, "arm": arm, "at_most": most}
+        c[name] = {"text": text, "arm": arm, "at_most": most}
     return c
