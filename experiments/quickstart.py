@@ -91,7 +91,7 @@ def claims():
     ):
         c[name] = {"text": text, "arm": arm, "minus": minus, "at_least": least}
     for name, text, arm, most in (
-        ("blind", "no video: near chance (12.5 over these types)", "blind", 16.0),
+        ("blind", "no video: near chance (9.2 over these types)", "blind", 16.0),
         ("random", "one random patch: near chance plus the one event it shows", "random", 20.0),
     ):
         c[name] = {"text": text, "arm": arm, "at_most": most}

@@ -1,4 +1,4 @@
-"""What the synthetic set shows with a wider model and minutes on one GPU; its table is in the README.
+"""What the synthetic set shows with a wider model and minutes on one GPU. Not measured as a whole yet.
 
     python -m marc_jax.train --config=experiments/synthetic.py --workdir=runs/synthetic
 
