@@ -14,7 +14,7 @@ from data_pipelines.synthetic import questions as ask
 from data_pipelines.synthetic import recompose
 from marc_jax.memory.view import VideoIndex
 from marc_jax.models.prompts import Visual as Placeholder
-from marc_jax.models.prompts import build_prompt
+from marc_jax.models.prompts import build_prompt, pad_prompts
 from marc_jax.rl.types import PromptBatch
 
 
@@ -91,7 +91,11 @@ class Prompter:
 
     def prompts(self, texts, kept: int, patches_b, length: int) -> PromptBatch:
         """Whole prompts, right-padded to `length`."""
-        return _stack([self.prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
+        return pad_prompts([self.prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
+
+    def whole(self, texts, kept: int, patches_b, sizes: Sizes) -> PromptBatch:
+        """Whole prompts, padded to the longest that `sizes` allows: three tokens, the visual ones, the question's."""
+        return self.prompts(texts, kept, patches_b, 3 + kept * self.tokens_per_patch + sizes.question)
 
     def split(self, texts_bg, answers_bg, kept: int, patches_b, sizes: Sizes):
         """Prompts cut behind their last visual token: the shared prefix, and per question the rest with its answer.
@@ -123,7 +127,7 @@ class Prompter:
             prefixes.append(dataclasses.replace(
                 prompt, tokens=prompt.tokens[:cut], pos=prompt.pos[:, :cut], vis_index=prompt.vis_index[:cut],
                 next_pos=start))  # fmt: skip
-        return _stack(prefixes, len(prefixes[0].tokens)), tokens_bgr, mask_bgr, loss_bgr
+        return pad_prompts(prefixes, len(prefixes[0].tokens)), tokens_bgr, mask_bgr, loss_bgr
 
     def queries(self, problems, length: int):
         """Question tokens for the retriever: int32 [B, length] and their mask."""
@@ -133,20 +137,6 @@ class Prompter:
             tokens_bl[i, : len(ids)] = ids
             mask_bl[i, : len(ids)] = True
         return tokens_bl, mask_bl
-
-
-def _stack(prompts, length: int) -> PromptBatch:
-    b = len(prompts)
-    tokens_bp, mask_bp = np.zeros((b, length), np.int32), np.zeros((b, length), bool)
-    pos_3bp, vis_index_bp = np.zeros((3, b, length), np.int32), np.full((b, length), -1, np.int32)
-    for i, prompt in enumerate(prompts):
-        n = len(prompt.tokens)
-        if n > length:
-            raise ValueError(f"a prompt of {n} tokens does not fit the limit of {length}")
-        tokens_bp[i, :n], mask_bp[i, :n] = prompt.tokens, True
-        pos_3bp[:, i, :n], vis_index_bp[i, :n] = prompt.pos, prompt.vis_index
-    next_pos_b = np.array([prompt.next_pos for prompt in prompts], np.int32)
-    return PromptBatch(tokens_bp, mask_bp, pos_3bp, vis_index_bp, next_pos_b)
 
 
 @dataclasses.dataclass(frozen=True)

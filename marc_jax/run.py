@@ -101,8 +101,8 @@ class Run:
         if not source:
             return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
         folder, target = self.workdir / source / "checkpoints", qwen25_vl.abstract(self.cfg, mesh=self.mesh)
-        if checkpoint.latest(folder) is not None:
-            return load_parameters(target, folder)
+        if (step := checkpoint.latest(folder)) is not None:
+            return load_parameters(target, folder, step)
         if (Path(source) / "config.json").exists():
             return weights.load(source, self.cfg, target)
         raise ConfigError(f"init {source!r}: neither a finished stage in {self.workdir} nor a folder with config.json")
@@ -111,8 +111,7 @@ class Run:
         """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
         if kind == "pixels":
             return self.pixels
-        tower = {name: part for name, part in params["vision"].items() if name != "merger"}
-        name = indexer.store.tree_sha256(jax.device_get(tower))
+        name = indexer.tower_sha256(params)
         if name != self.tower:
             self.features = self.whole(tower_features(self.cfg, params, self.pixels, self.grid_hw))
             self.tower = name

@@ -67,17 +67,6 @@ def _query(view: views.View, retriever, queries):
     return embed.embed_questions(retriever, *queries) if view.select == "retrieve" else None
 
 
-def _texts(asked):
-    return [text for row in asked.texts_bg for text in row]
-
-
-def _whole_prompts(run: Run, view, index, asked, sizes: Sizes):
-    """Prompts of one question each, for generation."""
-    kept = view.kept(sizes.patches, sizes.event)
-    length = 3 + kept * run.prompter.tokens_per_patch + sizes.question
-    return run.prompter.prompts(_texts(asked), kept, index.mask_bt.sum(1), length)
-
-
 def sft(run: Run, name: str, stage):
     """Questions about one video share the prompt up to its last visual token."""
     params, first, tx = _start(run, name, stage)
@@ -155,8 +144,16 @@ def _prompt_pair(run, stage, name, number, sizes, view, full):
     asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
     index = asked.videos.index(sizes)
     queries = run.prompter.queries(asked.problems, sizes.question)
-    prompts = [_whole_prompts(run, v, index, asked, sizes) for v in (view, full)]
+    texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
+    prompts = [run.prompter.whole(texts, v.kept(sizes.patches, sizes.event), lengths, sizes) for v in (view, full)]
     return asked, run.split(index, queries, *prompts, asked.ids_b)
+
+
+def _visuals(view, full, now, banks, index, retriever, queries, max_event: int):
+    """What the student and what the teacher looks at, of the same videos."""
+    query = _query(view, retriever, queries)
+    pairs = zip((view, full), banks, strict=True)
+    return [views.select(v, index, query, bank, max_event, now.step_key) for v, bank in pairs]
 
 
 def distill(run: Run, name: str, stage):
@@ -169,9 +166,7 @@ def distill(run: Run, name: str, stage):
     update = step.make_distill_step(run.cfg, encode, encode_full, tx, how)
 
     def advance(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
-        query = _query(view, retriever, queries)
-        visual = views.select(view, index, query, banks[0], sizes.event, now.step_key)
-        full_visual = views.select(full, index, query, banks[1], sizes.event, now.step_key)
+        visual, full_visual = _visuals(view, full, now, banks, index, retriever, queries, sizes.event)
         keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
         done = sample(jax.lax.stop_gradient(now.model), prompt, visual, keys)
         batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
@@ -199,9 +194,7 @@ def cgrpo(run: Run, name: str, stage):
 
     @jax.jit
     def sample_both(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
-        query = _query(view, retriever, queries)
-        visual = views.select(view, index, query, banks[0], sizes.event, now.step_key)
-        full_visual = views.select(full, index, query, banks[1], sizes.event, now.step_key)
+        visual, full_visual = _visuals(view, full, now, banks, index, retriever, queries, sizes.event)
         keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
         full_keys = rollout.rollout_keys(jax.random.fold_in(now.key, 1), now.step, ids_b, stage.teacher_group)
         done = sample(now.model, prompt, visual, keys)

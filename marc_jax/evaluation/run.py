@@ -148,13 +148,12 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     answer = make_answerer(run, view, sizes)
     bank, rows = run.whole(test.bank[visual]), []
     kept = view.kept(sizes.patches, sizes.event)
-    length = 3 + kept * run.prompter.tokens_per_patch + sizes.question
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):
             index = take(test.videos, chosen).index(sizes)
             records = [test.records[i] for i in chosen]
             texts = [question_text(r["problem"], r["options"]) for r in records]
-            prompt = run.prompter.prompts(texts, kept, index.mask_bt.sum(1), length)
+            prompt = run.prompter.whole(texts, kept, index.mask_bt.sum(1), sizes)
             inputs = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
             done = answer(params, run.retriever, bank, *inputs)
             tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))

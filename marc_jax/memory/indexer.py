@@ -33,6 +33,12 @@ class Sampling:
         return video.read_frames(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
 
 
+def tower_sha256(params: dict) -> str:
+    """Hash of what makes tower features: the vision tower's parameters without the merger."""
+    tower = {name: part for name, part in params["vision"].items() if name != "merger"}
+    return store.tree_sha256(jax.device_get(tower))
+
+
 class Indexer:
     """Turns clips into memory entries with one model and one retriever; compiled once."""
 
@@ -40,9 +46,8 @@ class Indexer:
 
     def __init__(self, cfg, params: dict, retriever: dict, sampling: Sampling):
         self.sampling, self.params, self.retriever = sampling, params, retriever
-        tower = {name: part for name, part in params["vision"].items() if name != "merger"}
         self.fingerprint = store.fingerprint(
-            tower=store.tree_sha256(jax.device_get(tower)),
+            tower=tower_sha256(params),
             retriever=store.tree_sha256(jax.device_get(retriever)),
             preprocessing=dataclasses.asdict(sampling),
         )
