@@ -1,8 +1,8 @@
 """The text decoder of Qwen2.5-VL: pre-norm blocks with grouped-query attention, M-RoPE and SwiGLU.
 
 This file owns the stacked-layers pattern for the decoder: `jax.lax.scan` over stacked parameters, the body returning
-activations and keys/values only. `unrolled()` gives the same decoder with one module per layer, for decoding loops on
-a GPU, where a scan would copy each layer's weights out of the stack on every token.
+activations and keys/values only. `for_decoding()` gives the same decoder with separate layers, for decoding loops,
+where a scan would copy each layer's weights out of the stack on every token.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax.models import attention, cache, rope
+from marc_jax.models import attention, cache, packed, rope
 from marc_jax.models.cache import KV
 from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, maybe_remat, stack_of
+from marc_jax.models.packed import Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,30 @@ class Decoder(nnx.Module):
         self.head = None if cfg.tie_word_embeddings else Linear((cfg.hidden_size, cfg.vocab_size), ("embed", "vocab"))
         self.cfg, self.runtime = cfg, runtime
 
-    def unrolled(self) -> "Decoder":
-        """The same decoder with `layers` as a list of single layers (slices; call it outside the decoding loop)."""
+    def rows(self, tokens: jax.Array) -> jax.Array:
+        """Embedding rows [..., D] of tokens."""
+        return jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.runtime.dtype)
+
+    def output(self) -> jax.Array:
+        """The output matrix [D, vocab]; the embedding transposed when tied."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., vocab] of normed hidden states [..., D]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        out = jnp.matmul(flat, self.output().astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
+        c = self.cfg
+        return cache.empty(c.num_layers, b, g, r, c.num_kv_heads, c.head_dim, dtype or self.runtime.dtype)
+
+    def for_decoding(self) -> "Decoder | Packed":
+        """The same decoder for a decoding loop, made outside of it: packed on a GPU, elsewhere a list of its layers."""
         graphdef, state = nnx.split(self)
+        if jax.default_backend() == "gpu":
+            tree = packed.pack(nnx.to_pure_dict(state), self.cfg.tie_word_embeddings, dtype=self.runtime.dtype)
+            return Packed(self.cfg, self.runtime, tree)
         twin = nnx.merge(graphdef, state)
         make, stacked = stack_of(self.layers)
         slices = [make(jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(self.cfg.num_layers)]

@@ -39,6 +39,7 @@ class Weight:
 
 
 BLOCK = 1024
+LANES = 128  # a multiple of it keeps the rows of wide matrices aligned on GPUs and TPUs
 
 
 def sample(weights: list[tuple[int, Weight]], key: jax.Array, dtype: Any) -> list[jax.Array]:
@@ -84,12 +85,14 @@ class Linear(nnx.Module):
         self.kernel = _param(stack, shape, axes, units=units)
         self.bias = _param(stack, shape[1:], axes[1:], "zeros", units[1:]) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, columns: int = 0, rows: int = 0) -> jax.Array:
+        """x @ kernel (+ bias), with so many columns or rows of zeros after the kernel's own."""
         # Rows flattened: the weight gradient is then one plain matmul, where XLA's CPU backend would first transpose
         # (and recompute) the incoming gradient of a 3-D input.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+        kernel = jnp.pad(self.kernel[...].astype(x.dtype), ((0, rows), (0, columns)))
+        y = x.reshape(-1, x.shape[-1]) @ kernel
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + jnp.pad(self.bias[...].astype(x.dtype), (0, columns))
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -115,7 +118,9 @@ class SwiGLU(nnx.Module):
         self.down = Linear((width, size), ("mlp", "embed"), bias=bias, stack=stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        """A width off the grid of the matrix units (the vision tower's 3,420) is padded with zeros on the way."""
+        more = -self.gate.kernel.shape[-1] % LANES if self.gate.kernel.shape[-1] > 8 * LANES else 0
+        return self.down(jax.nn.silu(self.gate(x, more)) * self.up(x, more), rows=more)
 
 
 def stack_of(module: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:

@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from marc_jax import sharding
-from marc_jax.models import cache
+from marc_jax.models import packed
 from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
 from marc_jax.models.layers import Runtime, sample
+from marc_jax.models.packed import Packed
 from marc_jax.models.vision import VisionConfig, VisionTower
 
 __all__ = ["KV", "Config", "ConfigError", "Qwen25VL", "TextConfig", "VisionConfig", "abstract", "bind"]
-__all__ += ["config_from_hf", "describe", "init", "qwen25_vl", "tiny"]
+__all__ += ["config_from_hf", "describe", "init", "pack", "qwen25_vl", "tiny"]
 
 SIZES = {
     "3b": {"text": (151936, 2048, 36, 16, 2, 11008, True), "vision": 3420},
@@ -211,9 +212,9 @@ def _config(raw: dict, name: str, folder: pathlib.Path | None) -> Config:
 class Qwen25VL(nnx.Module):
     """The model; made by `bind`. Axis letters as in `marc_jax.rl.types`."""
 
-    def __init__(self, cfg: Config, runtime: Runtime):
-        self.visual = VisionTower(cfg.vision, runtime)
-        self.text = Decoder(cfg.text, runtime)
+    def __init__(self, cfg: Config, runtime: Runtime, visual=None, text=None):
+        self.visual = visual or VisionTower(cfg.vision, runtime)
+        self.text = text or Decoder(cfg.text, runtime)
         self.cfg, self.runtime = cfg, runtime
 
     def vision_features(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> jax.Array:
@@ -230,7 +231,7 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens_bl: jax.Array, vis_bnd=None, vis_index_bl=None) -> jax.Array:
         """Input rows [..., D]: the token's embedding, or row `vis_index` of the prompt's visual tokens where >= 0."""
-        x = jnp.take(self.text.embed.embedding[...], tokens_bl, axis=0).astype(self.runtime.dtype)
+        x = self.text.rows(tokens_bl)
         if vis_bnd is None:
             return x
         rows = jnp.take_along_axis(vis_bnd.astype(x.dtype), jnp.maximum(vis_index_bl, 0)[..., None], axis=1)
@@ -249,25 +250,20 @@ class Qwen25VL(nnx.Module):
         return self.text.decode_step(x_bgd, pos_3bg, index, prefix, prefix_mask_bp, cache)
 
     def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
-        """A suffix cache of R slots for B x G completions (activation dtype by default)."""
-        t = self.cfg.text
-        return cache.empty(t.num_layers, b, g, r, t.num_kv_heads, t.head_dim, dtype or self.runtime.dtype)
+        """A suffix cache of (at least) R slots for B x G completions (activation dtype by default)."""
+        return self.text.empty_cache(b, g, r, dtype)
 
-    def unrolled(self) -> "Qwen25VL":
-        """The same model with unrolled decoder layers: make it before a decoding loop on a GPU."""
-        twin = nnx.merge(*nnx.split(self))
-        twin.text = self.text.unrolled()
-        return twin
+    def for_decoding(self) -> "Qwen25VL":
+        """The same model with its decoder laid out for a decoding loop; make it before the loop."""
+        return Qwen25VL(self.cfg, self.runtime, self.visual, self.text.for_decoding())
 
     def head(self) -> jax.Array:
         """The output matrix [D, vocab]; the embedding transposed when tied."""
-        return self.text.embed.embedding[...].T if self.text.head is None else self.text.head.kernel[...]
+        return self.text.output()
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab] of normed hidden states [..., D]."""
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        out = jnp.matmul(flat, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return self.text.logits(hidden)
 
 
 @functools.lru_cache(maxsize=64)
@@ -290,13 +286,29 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
     """The model over these parameters; cheap, made for use inside jit.
 
     Args:
-      params: nested dict as `init` returns it; cast to `dtype` where used.
+      params: nested dict as `init` returns it, or packed for decoding (`pack`); cast to `dtype` where used.
       dtype: activation dtype.
       attention: "auto", "xla" or "cudnn".
       remat: recompute each layer in the backward pass.
     """
-    graphdef, _ = _skeleton(cfg, Runtime(jnp.dtype(dtype), attention, remat))
-    return nnx.merge(graphdef, _rename(params, "vision", "visual"))
+    runtime = Runtime(jnp.dtype(dtype), attention, remat)
+    graphdef, _ = _skeleton(cfg, runtime)
+    if not isinstance(params["text"]["layers"], list):
+        return nnx.merge(graphdef, _rename(params, "vision", "visual"))
+    visual = nnx.merge(nnx.graphdef(VisionTower(cfg.vision, runtime)), params["vision"])
+    return Qwen25VL(cfg, runtime, visual, Packed(cfg.text, runtime, params["text"]))
+
+
+def pack(cfg: Config, params: dict, dtype=jnp.bfloat16, bits: int = 16) -> dict:
+    """Parameters laid out for serving: `bind` takes them like those of `init`, but not for training.
+
+    Args:
+      dtype: of the result.
+      bits: 8 quantises the decoder's matrices and the head to int8 with one scale per output.
+    """
+    vision = jax.tree.map(lambda w: w.astype(dtype), params["vision"])
+    text = packed.pack(params["text"], cfg.text.tie_word_embeddings, dtype=dtype, bits=bits)
+    return {"vision": vision, "text": text}
 
 
 def init(cfg: Config, key: jax.Array, dtype=jnp.float32, mesh=None) -> dict:

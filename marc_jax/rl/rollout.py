@@ -132,7 +132,7 @@ def decode(model, prefix: Prefix, keys_bg: jax.Array, how: Sampling) -> Completi
     """Samples G completions for each prefilled prompt; ends when all have stopped.
 
     Args:
-      model: a bound model; `unrolled()` is used where it has one (no weight is then copied out of a layer stack).
+      model: a bound model; its `for_decoding()` form runs the loop.
       prefix: of `prefill`.
       keys_bg: typed keys [B, G], of `rollout_keys`.
       how: the settings.
@@ -141,7 +141,7 @@ def decode(model, prefix: Prefix, keys_bg: jax.Array, how: Sampling) -> Completi
       Completions with R = how.max_new.
     """
     b, g = keys_bg.shape
-    model = model.unrolled() if hasattr(model, "unrolled") else model
+    model = model.for_decoding()
     stop_ids = jnp.asarray(how.stop_ids, jnp.int32)
 
     def place(out, t, token_bg, logp_bg, live_bg):
@@ -162,7 +162,8 @@ def decode(model, prefix: Prefix, keys_bg: jax.Array, how: Sampling) -> Completi
 
     shape = (how.max_new, b, g)
     out = (jnp.full(shape, how.pad_id, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
-    first_bgv = jnp.broadcast_to(model.logits(prefix.last_bd)[:, None], (b, g, model.head().shape[-1]))
+    first_bv = model.logits(prefix.last_bd)
+    first_bgv = jnp.broadcast_to(first_bv[:, None], (b, g, first_bv.shape[-1]))
     token_bg, logp_bg = _draw(first_bgv, keys_bg, 0, how)
     out = place(out, 0, token_bg, logp_bg, jnp.ones((b, g), bool))
     if how.max_new > 1:

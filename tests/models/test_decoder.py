@@ -82,15 +82,15 @@ def test_extend_gradients_equal_the_replicated_forward():
             np.testing.assert_allclose(got, want, atol=1e-4 * (1 + np.abs(want).max()), err_msg=f"{name} {path}")
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_decode_steps_equal_extend_on_a_forced_sequence(unrolled):
+@pytest.mark.parametrize("separate", [False, True])
+def test_decode_steps_equal_extend_on_a_forced_sequence(separate):
     case = _case()
 
     @jax.jit
     def decode(params):
         model = qwen25_vl.bind(case["cfg"], params)
         _, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
-        loop = model.unrolled() if unrolled else model
+        loop = model.for_decoding() if separate else model
 
         def step(cache, r):
             x = jnp.take(model.embed(case["suffix_bgr"]), r, axis=2)

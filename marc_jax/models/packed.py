@@ -1,0 +1,211 @@
+"""The decoder laid out for decoding: one array per layer and matrix, fused projections, optionally 8-bit weights.
+
+Training keeps layers stacked (one `lax.scan`) and every projection apart. A decoding loop on a GPU wants the opposite:
+no copy out of a stack on every token, few large products, each output's weights contiguous. `pack` makes that layout
+once (about two passes over the weights), `Packed` decodes from it with the interface of the plain model.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from marc_jax.models import attention, cache, hopper, rope
+from marc_jax.models.cache import KV
+
+# What each projection asks for ahead: bytes of the matrices that follow. The second-level cache (50 MB) must hold them
+# until they are read; what runs in between (attention, norms) leaves memory idle for about this much.
+AHEAD = {"qkv": (2**24, 24 * 2**20), "gate_up": (12 * 2**20,), "down": (12 * 2**20,)}
+SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Weights of a projection, [N, K]: N outputs over K inputs, each output's weights contiguous.
+
+    Attributes:
+      values: the activation dtype, or int8.
+      scale: float32 [N]; an int8 weight stands for values * scale. None when not quantised.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None = None
+
+
+def quantise(w_nk: jax.Array) -> Matrix:
+    """Symmetric int8 with one scale per output: the largest weight of a row becomes 127."""
+    w_nk = w_nk.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(w_nk).max(-1), 1e-12) / 127.0
+    return Matrix(jnp.round(w_nk / scale[..., None]).astype(jnp.int8), scale)
+
+
+def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
+    """The packed layout of a decoder's parameters (`params["text"]`); a pure function, usable inside jit.
+
+    Args:
+      text: nested dict as `qwen25_vl.init` returns it.
+      tied: whether the head is the embedding.
+      dtype: of the result.
+      bits: 16 keeps the weights, 8 quantises every matrix of the layers and the head (norms, biases and the embedding
+        stay).
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"bits = {bits}: weights are packed in 16 or 8 bits")
+
+    def matrix(*kernels_kn):
+        w = jnp.concatenate([k.T for k in kernels_kn]).astype(dtype)
+        return quantise(w) if bits == 8 else Matrix(w)
+
+    def layer(i: int) -> dict:
+        one = jax.tree.map(lambda w: w[i], text["layers"])
+        attn, mlp = one["attn"], one["mlp"]
+        return {
+            "norm1": one["norm1"]["scale"].astype(dtype),
+            "qkv": matrix(*(attn[n]["kernel"] for n in "qkv")),
+            "bias": jnp.concatenate([attn[n]["bias"] for n in "qkv"]).astype(dtype),
+            "o": matrix(attn["o"]["kernel"]),
+            "norm2": one["norm2"]["scale"].astype(dtype),
+            "gate_up": matrix(mlp["gate"]["kernel"], mlp["up"]["kernel"]),
+            "down": matrix(mlp["down"]["kernel"]),
+        }
+
+    depth = jax.tree.leaves(text["layers"])[0].shape[0]
+    embedding = text["embed"]["embedding"].astype(dtype)
+    if tied:
+        head = quantise(embedding) if bits == 8 else Matrix(embedding)
+    else:
+        head = matrix(text["head"]["kernel"])
+    norm = text["norm"]["scale"].astype(dtype)
+    return {"embedding": embedding, "layers": [layer(i) for i in range(depth)], "norm": norm, "head": head}
+
+
+def project(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
+    """x @ w.T: float32 [M, N].
+
+    Args:
+      ahead, ahead_bytes: matrices that come next, and how much of each may be fetched early (`hopper.stream`).
+    """
+    (m, k), n = x_mk.shape, w.values.shape[0]
+    if _streams(x_mk.dtype) and hopper.plan(m, n, k, w.values.dtype.itemsize):
+        y = hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), ahead_bytes).sum(0)
+    else:
+        contract = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x_mk, w.values.astype(x_mk.dtype), contract, preferred_element_type=jnp.float32)
+    return y if w.scale is None else y * w.scale
+
+
+def _streams(dtype) -> bool:
+    return jnp.dtype(dtype) == jnp.bfloat16 and hopper.available()
+
+
+def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * scale
+
+
+class Packed(nnx.Module):
+    """Decodes from `pack`'s tree; with the decoder's own methods, training apart."""
+
+    def __init__(self, cfg, runtime, tree: dict):
+        """cfg: a decoder's TextConfig; runtime: activation dtype and attention backend; tree: of `pack`."""
+        self.cfg, self.runtime, self.tree = cfg, runtime, nnx.data(tree)
+
+    def for_decoding(self) -> "Packed":
+        return self
+
+    def rows(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.tree["embedding"], tokens, axis=0).astype(self.runtime.dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = _pad_rows(flat)
+        return project(rows, self.tree["head"])[: len(flat)].reshape(*hidden.shape[:-1], -1)
+
+    def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
+        c = self.cfg
+        r = -(-r // hopper.KEYS) * hopper.KEYS if self._fused(0) else r
+        return cache.empty(c.num_layers, b, g, r, c.num_kv_heads, c.head_dim, dtype or self.runtime.dtype)
+
+    def _fused(self, p: int) -> bool:
+        """Whether attention runs in the streaming kernel: Hopper, bfloat16, heads of 128, whole groups of 8 keys."""
+        heads = hopper.padded_heads(self.cfg.num_heads // self.cfg.num_kv_heads)
+        return _streams(self.runtime.dtype) and self.cfg.head_dim == 128 and heads <= hopper.QUERIES and p % 8 == 0
+
+    def prefill(self, x_bld: jax.Array, pos_3bl: jax.Array, mask_bl: jax.Array) -> tuple[jax.Array, KV]:
+        """Normed hidden states [B, L, D] and the prompt's cache [layers, B, L, kv, hd]."""
+        b, length, d = x_bld.shape
+
+        def attend(_, q, k, v):
+            heads = (y.reshape(b, length, -1, self.cfg.head_dim) for y in (q, k, v))
+            return attention.causal(*heads, mask_bl, self.runtime.attention).reshape(b * length, -1)
+
+        x, k, v = self._run(x_bld.reshape(b * length, d), pos_3bl.reshape(3, -1), attend)
+        return x.reshape(b, length, d), KV(*(a.reshape(-1, b, length, *a.shape[2:]) for a in (k, v)))
+
+    def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
+        """One token per (b, g): -> ([B, G, D], the cache with slot `index` written)."""
+        b, g, d = x_bgd.shape
+        fused = self._fused(prefix.k.shape[2])
+        if fused:
+            bias = hopper.key_bias(prefix_mask_bp, index, past.k.shape[4])
+        else:
+            prefix = jax.tree.map(lambda a: a.swapaxes(2, 3), prefix)
+
+        def attend(i, q, k, v):
+            q, k, v = (y[: b * g].reshape(b, g, -1, self.cfg.head_dim) for y in (q, k, v))
+            if fused:
+                out = _fused_step(i, q, k, v, prefix, past, index, bias)
+            else:
+                keys = (past.k[i], past.v[i], index, prefix.k[i], prefix.v[i], prefix_mask_bp)
+                out = attention.prefix_step(q, k, v, *keys)
+            return _pad_rows(out.reshape(b * g, -1))
+
+        x = _pad_rows(x_bgd.reshape(b * g, d))
+        pos_3m = jnp.pad(pos_3bg.reshape(3, -1), ((0, 0), (0, len(x) - b * g)))
+        x, k, v = self._run(x, pos_3m, attend)
+        k, v = (a[:, : b * g].reshape(-1, b, g, *a.shape[2:]) for a in (k, v))
+        return x[: b * g].reshape(b, g, d), cache.write(past, k, v, index)
+
+    def _run(self, x_md, pos_3m, attend):
+        """All layers over M rows, attend(layer, q, k, v) -> [M, n * h]; -> rows, keys, values [layers, M, kv, h]."""
+        c, dtype = self.cfg, self.runtime.dtype
+        x = x_md.astype(dtype)
+        cos, sin = rope.mrope_cos_sin(pos_3m, c.head_dim, c.rope_theta, c.mrope_section, dtype)
+        sizes = (c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim)
+        layers, keys, values = self.tree["layers"], [], []
+        for i, w in enumerate(layers):
+            after = layers[i + 1]["qkv"] if i + 1 < len(layers) else self.tree["head"]
+            y = project(_norm(x, w["norm1"], c.rms_norm_eps), w["qkv"], (w["o"], w["gate_up"]), AHEAD["qkv"])
+            y = (y + w["bias"].astype(jnp.float32)).astype(dtype)
+            q, k, v = (part.reshape(len(x), -1, c.head_dim) for part in jnp.split(y, sizes, axis=1))
+            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+            keys.append(k), values.append(v)
+            x = x + project(attend(i, q, k, v), w["o"]).astype(dtype)
+            y = project(_norm(x, w["norm2"], c.rms_norm_eps), w["gate_up"], (w["down"],), AHEAD["gate_up"])
+            gate, up = jnp.split(y.astype(dtype), 2, axis=1)
+            x = x + project(jax.nn.silu(gate) * up, w["down"], (after,), AHEAD["down"]).astype(dtype)
+        return _norm(x, self.tree["norm"], c.rms_norm_eps), jnp.stack(keys), jnp.stack(values)
+
+
+def _pad_rows(x_md: jax.Array) -> jax.Array:
+    """Rows up to a multiple of 8 (zeros): the tensor core's smallest side, and XLA is faster with 8 than with 1."""
+    return jnp.pad(x_md, ((0, -len(x_md) % hopper.ROWS), (0, 0)))
+
+
+def _fused_step(layer: int, q_bgnh, k_bgkh, v_bgkh, prefix: KV, past: KV, index, bias_bs) -> jax.Array:
+    """`attention.prefix_step` by the streaming kernel: -> [b, g, n, h]."""
+    b, g, n, h = q_bgnh.shape
+    kv = k_bgkh.shape[2]
+    m = n // kv
+    wide = hopper.padded_heads(m)
+    q = (q_bgnh * h**-0.5).reshape(b, g, kv, m, h).transpose(0, 2, 1, 3, 4)
+    k, v = k_bgkh.swapaxes(1, 2), v_bgkh.swapaxes(1, 2)  # [b, kv, g, h]
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, wide - m), (0, 0)))
+    own = jnp.sum(q.astype(jnp.float32) * k[:, :, :, None].astype(jnp.float32), -1)
+    rows = jnp.pad(q.reshape(b, kv, g * wide, h), ((0, 0), (0, 0), (0, -g * wide % hopper.QUERIES), (0, 0)))
+    at = (jnp.full(1, layer, jnp.int32), jnp.asarray(index, jnp.int32).reshape(1))
+    parts = hopper.partial_attention(rows, prefix, past, *at, bias_bs, heads=wide, spread=SPREAD)
+    out = hopper.join(parts, own, v)[:, :, :, :m]
+    return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(b, g, n, h)

@@ -1,0 +1,151 @@
+"""The packed decoder decodes as the plain one does; its Hopper kernels equal plain numpy (in Pallas' interpreter)."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marc_jax.models import hopper, packed, qwen25_vl
+from marc_jax.models.cache import KV
+
+
+def f32(a):
+    return np.asarray(a, np.float32)
+
+
+def draw(seed, shape, dtype=jnp.bfloat16, scale=1.0):
+    return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def parameters(cfg, dtype=jnp.float32):
+    """Random values everywhere: norms near one, biases not zero."""
+
+    def leaf(path, a):
+        name = jax.tree_util.keystr(path)
+        return draw(len(name), a.shape, dtype, 0.05) + jnp.asarray("scale" in name, dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, qwen25_vl.abstract(cfg))
+
+
+def decoded(model, cfg, b, g, steps, dtype=jnp.float32):
+    """Logits [steps, B, G, V] of a forced sequence after a prompt of 16 places, the last 3 of them padding."""
+    d = cfg.text.hidden_size
+    mask = jnp.arange(16)[None] < jnp.full((b, 1), 13)
+    pos = jnp.broadcast_to(jnp.arange(16), (3, b, 16))
+    _, prefix = model.prefill(draw(1, (b, 16, d), dtype), pos, mask)
+    cache, out = model.empty_cache(b, g, steps), []
+    for t in range(steps):
+        x, at = draw(10 + t, (b, g, d), dtype), jnp.full((3, b, g), 13 + t)
+        hidden, cache = model.decode_step(x, at, jnp.int32(t), prefix, mask, cache)
+        out.append(model.logits(hidden))
+    return f32(jnp.stack(out))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_model_decodes_as_the_plain_one(tied):
+    cfg = qwen25_vl.tiny(num_layers=3, tie_word_embeddings=tied)
+    params = parameters(cfg)
+    plain = qwen25_vl.bind(cfg, params)
+    served = qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params, jnp.float32))
+    np.testing.assert_allclose(decoded(served, cfg, 2, 3, 3), decoded(plain, cfg, 2, 3, 3), atol=2e-5)
+    pixels = draw(5, (2, 16, cfg.vision.patch_dim), jnp.float32)
+    np.testing.assert_allclose(f32(served.vision(pixels, (4, 4))), f32(plain.vision(pixels, (4, 4))), atol=1e-6)
+
+
+def test_8_bit_weights_stay_close():
+    cfg = qwen25_vl.tiny(hidden_size=128, num_layers=2)
+    params = parameters(cfg)
+    want = decoded(qwen25_vl.bind(cfg, params), cfg, 1, 2, 2)
+    got = decoded(qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params, jnp.float32, bits=8)), cfg, 1, 2, 2)
+    assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.02
+
+
+def test_quantised_rows_are_within_half_a_step():
+    w = draw(0, (6, 40), jnp.float32)
+    q = packed.quantise(w)
+    assert q.values.dtype == jnp.int8
+    assert np.all(np.abs(f32(q.values) * f32(q.scale)[:, None] - f32(w)) <= 0.5001 * f32(q.scale)[:, None])
+
+
+def test_other_bit_widths_are_refused():
+    cfg = qwen25_vl.tiny()
+    with pytest.raises(ValueError, match="bits = 4"):
+        qwen25_vl.pack(cfg, parameters(cfg), bits=4)
+
+
+SHAPES = [(2048, 2048), (2560, 2048), (22016, 2048), (2048, 11008), (151936, 2048), (8192, 29568)]
+
+
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_a_plan_covers_the_contraction_and_holds_its_share_of_x(n, k):
+    pieces, width, steps = hopper.plan(8, n, k)
+    assert pieces * steps * width >= k > (pieces - 1) * steps * width
+    assert steps * width * 8 * 2 <= hopper.STAGED
+
+
+def test_what_the_kernel_cannot_do_has_no_plan():
+    assert hopper.plan(7, 64, 128) is None
+    assert hopper.plan(8, 65, 128) is None
+    assert hopper.plan(8, 64, 100) is None
+
+
+@pytest.fixture
+def interpreter():
+    if hopper._pallas() is None:
+        pytest.skip("the kernels need the Mosaic GPU back end of jax >= 0.11")
+    return hopper._pallas()[1].force_gpu_interpret_mode()
+
+
+@pytest.mark.parametrize("m, n, k", [(8, 128, 640), (16, 192, 512)])
+def test_streamed_product_equals_numpy(interpreter, monkeypatch, m, n, k):
+    monkeypatch.setattr(hopper, "PROCESSORS", 4)  # more tiles than blocks: several per block
+    x, w = draw(0, (m, k)), draw(1, (n, k))
+    with interpreter:
+        out = f32(hopper.stream(x, w, (draw(2, (128, 512)),), (10**6,)))
+    np.testing.assert_allclose(out.sum(0), f32(x) @ f32(w).T, atol=1e-3)
+
+
+STEPS = [(1, 3, 200, 152, 70, 2), (2, 1, 128, 128, 0, 1), (1, 9, 600, 136, 130, 2)]
+
+
+@pytest.mark.parametrize("b, g, p, r, index, spread", STEPS)
+def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread):
+    kv, heads, layer = 2, 8, 1
+    q, k_new, v_new = draw(0, (b, kv, g, heads, 128), scale=0.2), draw(1, (b, kv, g, 128)), draw(2, (b, kv, g, 128))
+    prefix = KV(draw(3, (2, b, p, kv, 128)), draw(4, (2, b, p, kv, 128)))
+    own = KV(draw(5, (2, b, kv, g, r, 128)), draw(6, (2, b, kv, g, r, 128)))
+    mask = np.random.default_rng(7).random((b, p)) < 0.7
+
+    def keys(a, c, new):
+        shared = np.repeat(f32(a[layer]).transpose(0, 2, 1, 3)[:, :, None], g, 2)
+        return np.concatenate([shared, f32(c[layer])[:, :, :, :index], f32(new)[:, :, :, None]], 3)
+
+    scores = np.einsum("bkgmh,bkgsh->bkgms", f32(q), keys(prefix.k, own.k, k_new))
+    ok = np.concatenate([mask, np.ones((b, index + 1), bool)], 1)
+    scores = np.where(ok[:, None, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = np.einsum("bkgms,bkgsh->bkgmh", weights / weights.sum(-1, keepdims=True), keys(prefix.v, own.v, v_new))
+
+    rows = jnp.pad(q.reshape(b, kv, g * heads, 128), ((0, 0), (0, 0), (0, -g * heads % 64), (0, 0)))
+    bias = hopper.key_bias(jnp.asarray(mask), jnp.int32(index), r)
+    score = jnp.einsum("bkgmh,bkgh->bkgm", f32(q), f32(k_new))
+    with interpreter:
+        parts = hopper.partial_attention(
+            rows, prefix, own, jnp.array([layer]), jnp.array([index]), bias, heads=heads, spread=spread
+        )
+        out = f32(hopper.join(parts, score, v_new))
+    np.testing.assert_allclose(out, want, atol=5e-3)
+
+
+def test_decoding_with_the_kernels_equals_decoding_without(interpreter, monkeypatch):
+    cfg = qwen25_vl.tiny(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=512)
+    params = parameters(cfg, jnp.bfloat16)
+    bind = dict(dtype=jnp.bfloat16, attention="xla")
+    want = decoded(qwen25_vl.bind(cfg, params, **bind), cfg, 1, 3, 1, jnp.bfloat16)
+    monkeypatch.setattr(hopper, "available", lambda: True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interpreter)
+        got = decoded(qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params), **bind), cfg, 1, 3, 1, jnp.bfloat16)
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
