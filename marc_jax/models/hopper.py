@@ -93,8 +93,9 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
     halves = 2 if glu else 1
     tiles = n // TILE // halves
     walk = halves * steps  # copies per tile
-    block_count = min(tiles * pieces, max(PROCESSORS // pieces, 1) * pieces)
-    lanes = block_count // pieces  # blocks that share a piece of x
+    rounds = -(-tiles // max(PROCESSORS // pieces, 1))
+    lanes = -(-tiles // rounds)  # blocks that share a piece of x, each with as many tiles as the others
+    block_count = lanes * pieces
     narrow = w_nk.dtype == jnp.int8
 
     def kernel(w_gmem, x_gmem, *rest):
@@ -177,6 +178,36 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
     )(w_nk, x_mk, *ahead)
 
 
+@functools.partial(jax.jit, static_argnames="eps")
+def add_norm(x_md: jax.Array, parts_pmd: jax.Array, scale_d: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """(x + the sum of `stream`'s parts, its RMSNorm), bfloat16 [M, D], D a multiple of 512; one block per row.
+
+    Rounds where the plain layers do.
+    """
+    pl, plgpu = _pallas()
+    p, m, d = parts_pmd.shape
+    rows = plgpu.Layout.WG_STRIDED((d,), vec_size=4)
+
+    def kernel(x_gmem, parts_gmem, scale_gmem, out_gmem, norm_gmem):
+        row = lax.axis_index("row")
+
+        def read(ref):
+            return plgpu.load(ref, layout=rows, optimized=False).astype(jnp.float32)
+
+        def rounded(a):
+            return a.astype(jnp.bfloat16).astype(jnp.float32)
+
+        added = functools.reduce(jnp.add, [read(parts_gmem.at[i, row]) for i in range(p)])
+        x = rounded(read(x_gmem.at[row]) + rounded(added))
+        inverse = lax.rsqrt(jnp.sum(x * x) / d + eps)
+        out_gmem[row] = x.astype(jnp.bfloat16)
+        normed = rounded(x * lax.broadcast_in_dim(inverse, (d,), ())) * read(scale_gmem)
+        norm_gmem[row] = normed.astype(jnp.bfloat16)
+
+    row = jax.ShapeDtypeStruct((m, d), jnp.bfloat16)
+    return plgpu.kernel(kernel, out_type=(row, row), grid=(m,), grid_names=("row",))(x_md, parts_pmd, scale_d)
+
+
 def blocks(p: int, spread: int) -> tuple[int, int]:
     """(pieces of the prefix, blocks of keys per piece): at most `spread` pieces."""
     count = -(-p // KEYS)
@@ -233,11 +264,10 @@ def partial_attention(x_bgjh, prefix, own, layer, index, bias_bs, *, heads: int,
             queries = x_gmem.at[i, lax.min(tile * per_tile + j, g - 1), pl.ds(head * wide, wide)]
             plgpu.copy_gmem_to_smem(queries, q_smem.at[pl.ds(j * wide, wide)], barrier)
 
-        def walk(k_gmem, v_gmem, first, count, offset, start, arrived):
+        def walk(k_gmem, v_gmem, first, count, offset):
             def body(at, k_smem, v_smem, carry):
                 acc, top_x, sum_x = carry
-                if not arrived:
-                    pl.when(at[0] == 0)(lambda: plgpu.barrier_wait(barrier))
+                pl.when(at[0] == 0)(lambda: plgpu.barrier_wait(barrier))
                 keys = pl.ds(offset + (first + at[0]) * KEYS, KEYS)
                 bias = plgpu.load(bias_gmem.at[i, keys], layout=grid.reduce(0), optimized=False)
 
@@ -263,24 +293,24 @@ def partial_attention(x_bgjh, prefix, own, layer, index, bias_bs, *, heads: int,
                 acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0]) + new
                 return acc, higher, sum_x * fade + weights.sum(axis=1)
 
+            def full(shape, value, layout):
+                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
             block = plgpu.BlockSpec((KEYS, h), lambda at: (first + at, 0), transforms=tiled)
-            end = plgpu.emit_pipeline(
+            start = full((QUERIES, h), 0.0, grid), *(full((QUERIES,), value, grid.reduce(1)) for value in (NEG, 0.0))
+            return plgpu.emit_pipeline(
                 body, grid=(count,), in_specs=[block, block], max_concurrent_steps=2, init_carry=start
             )(k_gmem, v_gmem)
+
+        def store(*end):
             for ref, value in zip((out_gmem, top_gmem, sum_gmem), end, strict=True):
                 ref[i, head, slot] = value
-
-        def full(shape, value, layout):
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-        row_layout = grid.reduce(1)
 
         @pl.when(slot < shared)
         def _():
             first = lax.rem(slot, pieces) * per
-            start = full((QUERIES, h), 0.0, grid), *(full((QUERIES,), value, row_layout) for value in (NEG, 0.0))
             refs = (ref.at[depth, i, :, head] for ref in (kp_gmem, vp_gmem))
-            walk(*refs, first, lax.min(per, -(-p // KEYS) - first), 0, start, False)
+            store(*walk(*refs, first, lax.min(per, -(-p // KEYS) - first), 0))
 
         @pl.when(slot >= shared)
         def _():
@@ -289,11 +319,15 @@ def partial_attention(x_bgjh, prefix, own, layer, index, bias_bs, *, heads: int,
                 wide_h = plgpu.load(ref, layout=grid.reduce(0), optimized=False).astype(jnp.float32)
                 return lax.broadcast_in_dim(wide_h, (QUERIES, h), [1])
 
-            plgpu.barrier_wait(barrier)
-            queries = plgpu.load(q_smem, layout=grid).astype(jnp.float32)
-            start = (new(1), (queries * new(0)).sum(axis=1), full((QUERIES,), 1.0, row_layout))
             refs = (ref.at[depth, i, head, mine] for ref in (ko_gmem, vo_gmem))
-            walk(*refs, 0, lax.div(index_gmem[0] + KEYS - 1, KEYS), p + -p % KEYS, start, True)
+            count = lax.div(index_gmem[0] + KEYS - 1, KEYS)
+            acc, top_x, sum_x = walk(*refs, 0, count, p + -p % KEYS)
+            pl.when(count == 0)(lambda: plgpu.barrier_wait(barrier))
+            score = (plgpu.load(q_smem, layout=grid).astype(jnp.float32) * new(0)).sum(axis=1)
+            higher = jnp.maximum(top_x, score)
+            fade, weight = jnp.exp(top_x - higher), jnp.exp(score - higher)
+            fade_xh, weight_xh = (lax.broadcast_in_dim(a, acc.shape, [0]) for a in (fade, weight))
+            store(acc * fade_xh + new(1) * weight_xh, higher, sum_x * fade + weight)
 
     slots = shared + g
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

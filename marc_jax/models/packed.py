@@ -96,6 +96,16 @@ def project(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = 
     return y if w.scale is None else y * w.scale
 
 
+def add_norm(x_md: jax.Array, y_mk: jax.Array, w: Matrix, scale_d, eps: float, ahead=(), ahead_bytes=()):
+    """(x + y @ w.T, its RMSNorm), both in x's dtype [M, D]."""
+    n, k = w.values.shape
+    if _streams(x_md.dtype) and w.scale is None and n % 512 == 0 and hopper.plan(len(y_mk), n, k):
+        parts = hopper.stream(y_mk, w.values, tuple(a.values for a in ahead), ahead_bytes=ahead_bytes)
+        return hopper.add_norm(x_md, parts, scale_d, eps)
+    x_md = x_md + project(y_mk, w, ahead, ahead_bytes).astype(x_md.dtype)
+    return x_md, _norm(x_md, scale_d, eps)
+
+
 def glu(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
     """silu(x @ gate.T) * (x @ up.T) in x's dtype, [M, N / 2], of w = [gate; up]."""
     (m, k), n = x_mk.shape, w.values.shape[0]
@@ -200,19 +210,22 @@ class Packed(nnx.Module):
         c, dtype = self.cfg, self.runtime.dtype
         x, turn = x_md.astype(dtype), self._rotation(pos_3m, query_scale)
         layers, keys, values = self.tree["layers"], [], []
+        y = _norm(x, layers[0]["norm1"], c.rms_norm_eps)
         for i, w in enumerate(layers):
-            after = layers[i + 1]["qkv"] if i + 1 < len(layers) else self.tree["head"]
-            y = project(_norm(x, w["norm1"], c.rms_norm_eps), w["qkv"], (w["o"], w["gate_up"]), AHEAD["qkv"])
+            last = i + 1 == len(layers)
+            after = self.tree["head"] if last else layers[i + 1]["qkv"]
+            norm = self.tree["norm"] if last else layers[i + 1]["norm1"]
+            y = project(y, w["qkv"], (w["o"], w["gate_up"]), AHEAD["qkv"])
             heads_mjh = turn((y + w["bias"].astype(y.dtype)).astype(dtype).reshape(len(x), -1, c.head_dim))
             _, k, v = self._split(heads_mjh)
             keys.append(k), values.append(v)
             mixed = attend(i, heads_mjh)
-            if i + 1 == len(layers):
+            if last:
                 x, mixed = keep(x), keep(mixed)
-            x = x + project(mixed, w["o"]).astype(dtype)
-            y = glu(_norm(x, w["norm2"], c.rms_norm_eps), w["gate_up"], (w["down"],), AHEAD["gate_up"])
-            x = x + project(y, w["down"], (after,), AHEAD["down"]).astype(dtype)
-        return _norm(x, self.tree["norm"], c.rms_norm_eps), jnp.stack(keys), jnp.stack(values)
+            x, y = add_norm(x, mixed, w["o"], w["norm2"], c.rms_norm_eps)
+            y = glu(y, w["gate_up"], (w["down"],), AHEAD["gate_up"])
+            x, y = add_norm(x, y, w["down"], norm, c.rms_norm_eps, (after,), AHEAD["down"])
+        return y, jnp.stack(keys), jnp.stack(values)
 
     def _rotation(self, pos_3m, query_scale: float):
         """A function that rotates queries and keys of [M, n + 2 kv, h] and scales queries: one elementwise kernel."""

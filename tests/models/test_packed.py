@@ -148,7 +148,7 @@ def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread,
 
 
 def test_decoding_with_the_kernels_equals_decoding_without(interpreter, monkeypatch):
-    cfg = qwen25_vl.tiny(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=512)
+    cfg = qwen25_vl.tiny(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=2, intermediate_size=512)
     params = parameters(cfg, jnp.bfloat16)
     bind = dict(dtype=jnp.bfloat16, attention="xla")
     want = decoded(qwen25_vl.bind(cfg, params, **bind), cfg, 1, 3, 1, jnp.bfloat16)

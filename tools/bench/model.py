@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -195,11 +196,14 @@ def peers(args) -> dict[str, float]:
     if args.peer == "none":
         return {}
     command = [sys.executable, "-m", "tools.bench.model_transformers", f"--size={args.size}", f"--mode={args.peer}"]
-    done = subprocess.run(command + [f"--rows={args.rows}"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"transformers failed (exit {done.returncode}); its column stays empty", file=sys.stderr)
-        return {}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with subprocess.Popen([*command, f"--rows={args.rows}"], stdout=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(args.peer_seconds, process.kill)
+        timer.start()
+        lines = process.stdout.read().strip().splitlines()  # one per row, each with all rows so far
+        timer.cancel()
+    if not lines:
+        print("transformers measured nothing; its column stays empty", file=sys.stderr)
+    return json.loads(lines[-1]) if lines else {}
 
 
 def main(argv=None) -> int:
@@ -207,6 +211,7 @@ def main(argv=None) -> int:
     parser.add_argument("--size", default="3b")
     parser.add_argument("--rows", default="", help=f"comma-separated, of: {','.join(c.key for c in CASES)}")
     parser.add_argument("--peer", choices=("none", "eager", "compiled"), default="none")
+    parser.add_argument("--peer_seconds", type=float, default=600.0, help="stop it then, and use the rows it has")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list each case's N longest kernels")
     parser.add_argument("--repeats", type=int, default=10)

@@ -1,4 +1,4 @@
-"""The rows of tools.bench.model measured with transformers (PyTorch); prints one JSON line: case -> milliseconds.
+"""The rows of tools.bench.model measured with transformers (PyTorch): a JSON line per row, case -> ms, all so far.
 
     python -m tools.bench.model_transformers --size=3b --mode=eager
 
@@ -100,7 +100,7 @@ def main(argv=None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = qwen25_vl.tiny() if args.size == "tiny" else qwen25_vl.qwen25_vl(args.size)
     net, out = load(cfg, device), {}
-    for case in bench.CASES:
+    for case in sorted(bench.CASES, key=lambda case: case.visual_tokens * case.batch):
         if (args.rows and case.key not in args.rows.split(",")) or case.bits != 16 or case.layout == "plain":
             continue
         if args.mode == "compiled" and case.kind not in ("decode", "first"):
@@ -108,9 +108,9 @@ def main(argv=None) -> int:
         try:
             out[case.key] = measure(cfg, net, case, args.mode, args.repeats, device)
             print(f"transformers {args.mode}: {case.title}: {out[case.key]:.2f} ms", file=sys.stderr, flush=True)
+            print(json.dumps(out), flush=True)
         except Exception as e:  # a row that fails leaves its place empty, the others are measured
             print(f"transformers {args.mode}: {case.title}: {type(e).__name__}: {str(e)[:200]}", file=sys.stderr)
-    print(json.dumps(out))
     return 0
 
 
