@@ -131,18 +131,3 @@ def test_an_odd_frame_is_doubled_and_bad_shapes_are_named():
     for bad in (frames[:, :14], frames[..., :1], frames[:0], frames.astype(np.float32)):
         with pytest.raises(ValueError):
             patches.frames_to_pixel_patches(bad)
-
-
-def test_the_published_processor_agrees():
-    """transformers' Qwen2VL image processor on frames that need no resizing, if it is installed with what it needs."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    try:
-        processor = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 784, "longest_edge": 10**8})
-    except Exception as error:  # needs torchvision
-        pytest.skip(f"no reference processor: {str(error).strip()[:80]}")
-    frames = np.random.default_rng(4).integers(0, 256, (4, 56, 84, 3), np.uint8)
-    out = processor(videos=[frames], return_tensors="np", do_sample_frames=False)
-    got, grid = patches.frames_to_patches(frames)
-    assert tuple(out["video_grid_thw"][0]) == grid
-    np.testing.assert_allclose(got.reshape(-1, 1176), out["pixel_values_videos"], atol=1e-5)
