@@ -7,6 +7,7 @@ A visual is described by the dict that stands in a message's content, with that 
 
 Three deliberate differences: a photo is turned upright by its EXIF tag; a list of frames is resized once, not twice;
 a variable frame rate is sampled by time. A key that is unknown or of the other kind is an error.
+transformers' "path", "url" and "image_url" are taken for the source; all of them name files, nothing is downloaded.
 """
 
 import dataclasses
@@ -50,16 +51,22 @@ class Medium:
         return int(np.prod(self.grid)) // patches.MERGE**2
 
 
-def kind_of(part: dict) -> str | None:
-    """"image", "video" or None (text) of one part of a message's content, decided as the chat template does."""
-    if part.get("type") == "image" or "image" in part:
-        return "image"
-    return "video" if part.get("type") == "video" or "video" in part else None
+def _plain(part: dict) -> tuple[str, dict]:
+    """Kind and dict of a visual, with transformers' spellings of the source ("path", "url", "image_url") undone."""
+    url = part.get("image_url")
+    if url is not None:
+        rest = {key: value for key, value in part.items() if key not in ("image_url", "type")}
+        part = rest | {"image": url["url"] if isinstance(url, dict) else url}
+    kind = "image" if part.get("type") == "image" or "image" in part else "video"
+    for key in ("path", "url"):
+        if key in part and kind not in part and part.get("type") == kind:
+            part = {kind: part[key]} | {k: v for k, v in part.items() if k != key}
+    if part.get(kind) is None:
+        raise ValueError(f"a visual without 'image' or 'video': {sorted(part)}")
+    return kind, part
 
 
-def load(
-    part: dict, *, budget: VideoBudget | None = None, root=None, limits: Limits = DEFAULT_LIMITS
-) -> Medium:
+def load(part: dict, *, budget: VideoBudget | None = None, root=None, limits: Limits = DEFAULT_LIMITS) -> Medium:
     """Reads, samples and resizes one visual.
 
     Args:
@@ -74,9 +81,7 @@ def load(
         the time asked for, more `nframes` than there are.
       ValueError: a key that is unknown, or two that contradict each other.
     """
-    kind = kind_of(part)
-    if kind is None or part.get(kind) is None:
-        raise ValueError(f"a visual without 'image' or 'video': {sorted(part)}")
+    kind, part = _plain(part)
     unknown = sorted(set(part) - set(KEYS[kind]))
     if unknown:
         raise ValueError(f"{kind} has the key {unknown[0]!r}; known are {', '.join(KEYS[kind])}")

@@ -61,7 +61,7 @@ def render(question: str, visuals=(), system: str | None = SYSTEM) -> str:
 
 
 def part_kind(part: dict) -> str:
-    """"image", "video" or "text": what the published template takes a part of a message's content for."""
+    """What the published template takes a part of a message's content for: "image", "video" or "text"."""
     if part.get("type") == "image" or "image" in part or "image_url" in part:
         return "image"
     if part.get("type") == "video" or "video" in part:
@@ -220,9 +220,7 @@ def build_prompt(
 ) -> Prompt:
     """A chat prompt with its visuals before the question; system None or "" gives no system turn."""
     text = render(question, visuals, system)
-    return tokenize(
-        tokenizer, text, visuals, rule=rule, tokens_per_second=tokens_per_second, max_length=max_length
-    )
+    return tokenize(tokenizer, text, visuals, rule=rule, tokens_per_second=tokens_per_second, max_length=max_length)
 
 
 def tokenize(tokenizer, text: str, visuals=(), **how) -> Prompt:

@@ -26,6 +26,13 @@ def test_an_image_file_and_its_pixels_are_the_same_visual(picture):
     from_array = media.load({"image": FRAMES[0]})
     assert from_file.kind == "image" and from_file.grid == (1, 4, 6) and from_file.tokens == 6
     assert (from_file.patches == from_array.patches).all() and from_file.name == str(picture)
+    for part in (
+        {"type": "image", "path": str(picture)},
+        {"type": "image", "url": f"file://{picture}"},
+        {"type": "image_url", "image_url": {"url": str(picture)}},
+        {"image_url": str(picture)},
+    ):
+        assert (media.load(part).patches == from_array.patches).all()
     size = {"resized_height": 100, "resized_width": 30}
     assert media.load({"image": FRAMES[0], **size}).grid == (1, 8, 2)
 

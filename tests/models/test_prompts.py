@@ -116,3 +116,12 @@ def test_text_after_a_video_never_overlaps_it(t, h, w, spg, before):
     after = p.pos[:, np.flatnonzero(p.vis_index >= 0)[-1] + 1 :]
     assert (visual >= before).all() and after.min() == visual.max() + 1
     assert (np.diff(after) == 1).all() and p.next_pos == after.max() + 1
+
+
+def test_the_longest_prompt_is_the_checkpoints(test_data):
+    from marc_jax.models.qwen25_vl import config_from_hf
+    from marc_jax.models.weights import hf_config
+
+    cfg = config_from_hf(test_data / "tokenizer" / "qwen2.5")  # a file whose publisher set 8192
+    assert cfg.text.max_position_embeddings == 8192
+    assert config_from_hf(hf_config(cfg)).text.max_position_embeddings == 8192
