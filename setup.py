@@ -39,7 +39,7 @@ EXTRAS = {
     "beam": ["apache-beam>=2.77"],
     "wandb": ["wandb>=0.19"],
     # Reference implementations for the conversion tests; never imported by a run.
-    "parity": ["torch>=2.10", "transformers>=5.5,<6"],
+    "parity": ["torch>=2.10", "torchvision", "transformers>=5.5,<6", "qwen-vl-utils==0.0.14"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
 }
 

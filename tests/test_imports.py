@@ -36,6 +36,7 @@ ABOVE = {
     ),
     "marc_jax.memory.indexer": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.batches": ("data_pipelines", "marc_jax.memory.view", "marc_jax.models.prompts", "marc_jax.rl.types"),
+    "marc_jax.messages": ("data_pipelines", "marc_jax.models.prompts"),
     "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state"),
     "marc_jax.run": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),

@@ -188,6 +188,7 @@ def _config(raw: dict, name: str, folder: pathlib.Path | None) -> Config:
         mrope_section=tuple(get(rope_cfg, "rope_scaling.", "mrope_section")),
         rms_norm_eps=get(text, "", "rms_norm_eps"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        max_position_embeddings=int(text.get("max_position_embeddings") or 128000),
     )
     names = [f.name for f in dataclasses.fields(VisionConfig) if f.name not in ("in_channels", "fullatt_block_indexes")]
     where = "vision_config."

@@ -236,7 +236,7 @@ def hf_config(cfg: Config, dtype: str = "float32") -> dict:
         "head_dim": t.head_dim,
         "initializer_range": 0.02,
         "intermediate_size": t.intermediate_size,
-        "max_position_embeddings": 128000,
+        "max_position_embeddings": t.max_position_embeddings,
         "num_attention_heads": t.num_heads,
         "num_hidden_layers": t.num_layers,
         "num_key_value_heads": t.num_kv_heads,
