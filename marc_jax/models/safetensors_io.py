@@ -77,7 +77,7 @@ class File:
         return DTYPES[kind], shape, begin, end
 
     def _check_layout(self, data: int) -> None:
-        """Every byte belongs to one tensor: a header that was tampered with, or another file's, has gaps or overlaps."""
+        """Every byte belongs to one tensor: a header that was tampered with, or another file's, has gaps."""
         at, before = 0, "the header"
         for name, (_, _, begin, end) in sorted(self.tensors.items(), key=lambda item: item[1][2:]):
             if begin != at:
@@ -143,17 +143,17 @@ def open_folder(folder: str | os.PathLike) -> dict[str, File]:
     else:
         where, paths = None, sorted(p.name for p in folder.glob("*.safetensors"))
     if not paths:
-        found = pickles(folder)
-        hint = (
-            f"; {found[0].name} is a torch pickle, which a run does not read: convert it once with "
+        hint = "".join(
+            f"; {path.name} is a torch pickle, which a run does not read: convert it once with "
             f"python -m tools.convert_weights --source={folder} --out=CHECKPOINT"
+            for path in pickles(folder)[:1]
         )
-        raise WeightsError(f"{folder}: no safetensors here{hint if found else ''}")
+        raise WeightsError(f"{folder}: no safetensors here{hint}")
     return merged((File(folder / p) for p in paths), where)
 
 
 def merged(files: Iterable, where: dict[str, str] | None) -> dict:
-    """Tensor name -> file of several files with `path` and `tensors`; checks that none is in two and `where` is true."""
+    """Tensor name -> file, of files with `path` and `tensors`; no tensor may be in two, `where` must be true."""
     out: dict = {}
     for file in files:
         for name in file.tensors:
