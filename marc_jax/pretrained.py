@@ -43,13 +43,14 @@ def config(source) -> Config:
     return qwen25_vl.config_from_hf(folder)
 
 
-def check(source, cfg: Config) -> None:
-    """Whether the weights at `source` are those of `cfg`; reads no numbers.
+def check(source, cfg: Config | None = None) -> None:
+    """Whether the weights at `source` can be read and are those of `cfg`; reads no numbers.
 
     Raises:
       ConfigError: fields that differ, with both values. WeightsError, CheckpointError: as `config`.
     """
-    theirs, ours = flatten(asdict(config(source))), flatten(asdict(cfg))
+    found = config(source)
+    theirs, ours = flatten(asdict(found)), flatten(asdict(cfg or found))
     wrong = [f"{key} is {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
     wrong = [line for line in wrong if not line.startswith(_OWN)]
     if wrong:

@@ -111,14 +111,6 @@ class Run:
             return pretrained.load(source, self.cfg, target)
         return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
 
-    def check_sources(self) -> None:
-        """Raises, before anything is computed, where weights that a stage starts from are not this model's."""
-        fields = [self.config.get("init_from", "")]
-        fields += [self.config[name].get(field, "") for name in self.config.stages for field in ("init", "teacher")]
-        for source in dict.fromkeys(fields):
-            if source and source not in self.config.stages:
-                pretrained.check(source, self.cfg)
-
     def bank(self, kind: str, params: dict) -> jax.Array:
         """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
         if kind == "pixels":
@@ -199,8 +191,18 @@ def data_folder(config, workdir: Path) -> Path:
     return Path(config.data.path) if config.data.path else workdir / "data"
 
 
+def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
+    """Raises, before anything is computed, where weights that a stage starts from cannot be read or are not `cfg`'s."""
+    sources = [config.init_from]
+    sources += [config[name].get(field, "") for name in config.stages for field in ("init", "teacher")]
+    for source in dict.fromkeys(sources):
+        if source and source not in config.stages:
+            pretrained.check(source, cfg)
+
+
 def prepare(config, workdir: Path) -> Run:
     """Builds the data if it is not there, and keeps its tokenizer with the run."""
+    check_sources(config)
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
     with metrics.Progress("data", sum(sizes.values())) as bar:
@@ -216,7 +218,7 @@ def prepare(config, workdir: Path) -> Run:
         )  # fmt: skip
     shutil.copyfile(folder / "tokenizer.json", workdir / "tokenizer.json")
     run = surroundings(config, workdir)
-    run.check_sources()
+    check_sources(config, run.cfg)
     return run
 
 

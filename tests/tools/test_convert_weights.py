@@ -187,7 +187,7 @@ def test_the_command_says_what_it_takes_and_how_far_it_is(tmp_path):
     assert again.stderr.splitlines()[-1] == f"convert_weights: {tmp_path / 'out'}: exists and is not empty"
 
 
-# Stops for good in the middle of writing, once the parent has read "half".
+# Slow enough, once it is half way, to be stopped there.
 SLOW = """
 import pathlib, sys, time
 from tools import convert_weights
