@@ -14,6 +14,7 @@ manifest. A hash finds damage; it is no signature. Directories are local or shar
 import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -203,7 +204,7 @@ def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, cast
         raise CheckpointError(f"checkpoint {directory}, step {step}, does not fit: {problem}{keys}")
     items = {path: _target(x) for path, x in wanted.items()}
     args = {path: _restore_args(x) for path, x in items.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight_gb(items))) as reader:
         tree = reader.restore(
             folder / "tree",
             args=ocp.args.PyTreeRestore(unflatten(items), restore_args=unflatten(args), partial_restore=True),
@@ -211,6 +212,14 @@ def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, cast
     values = _leaves(tree)
     placed = [_placed(values[path], x) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), placed), meta
+
+
+def _in_flight_gb(items: Mapping) -> int:
+    """How much Orbax may read at once: a few of the largest parts that one device takes, so that the host holds little
+    beyond the result (its default is 96 GB). Counted in 8-byte numbers: the saved ones may be wider than those wanted.
+    """
+    parts = [math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) for x in items.values()]
+    return 1 + int(2 * 8 * max(parts, default=0) / 1e9)
 
 
 def _target(x) -> jax.ShapeDtypeStruct:

@@ -219,7 +219,8 @@ def check_tied(cfg: Config, files: Mapping, folder) -> None:
     if not cfg.text.tie_word_embeddings or "lm_head.weight" not in names:
         return
     head, embed = names["lm_head.weight"], names["model.embed_tokens.weight"]
-    if not np.array_equal(files[head].read(head), files[embed].read(embed)):
+    a, b = files[head].read(head), files[embed].read(embed)
+    if not all(np.array_equal(a[i : i + 4096], b[i : i + 4096]) for i in range(0, len(b), 4096)):
         raise WeightsError(
             f"{pathlib.Path(folder)}: config.json ties the embeddings, but {head} differs from {embed}"
         )
