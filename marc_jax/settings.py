@@ -223,6 +223,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     text = configs.to_json(config)
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
+        before = json.loads(configs.to_json(base())) | before  # keys that came after that run have their default
         for c in (before, now):
             for name in ("log_every", "save_every", "eval", "title", "only"):
                 c.pop(name, None)

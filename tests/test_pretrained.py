@@ -243,6 +243,18 @@ def test_settings_refuse_a_folder_without_weights(tmp_path, start):
         start("sft.init=nothing")
 
 
+def test_a_run_older_than_init_from_goes_on_unless_it_is_set(tmp_path, start):
+    config, path = start().config, tmp_path / "config.json"
+    settings.keep(config, path)
+    old = json.loads(path.read_text())
+    del old["init_from"]
+    path.write_text(json.dumps(old))
+    settings.keep(config, path, write=False)
+    source, _ = _write(tmp_path / "weights", CFG, "safetensors")
+    with pytest.raises(SettingsError, match="different: init_from"):
+        settings.keep(start(f"init_from={source}").config, path, write=False)
+
+
 def test_errors_of_weights_are_for_the_user():
     for error in (ConfigError, WeightsError, TokenizerError, CheckpointError("x")):
         assert error.exit_code == 2
