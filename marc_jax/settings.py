@@ -13,6 +13,7 @@ SELECT = ("all", "retrieve", "random", "none")
 METHOD = ("keep", "merge", "per_event", "mean", "pooled")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
+WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -20,6 +21,8 @@ def base() -> ConfigDict:
     """Every key outside the open groups (views, stages, eval.arms), with its default.
 
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
+    `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
+    ("": random).
     """
     return ConfigDict({
         "title": "MARC",
@@ -29,6 +32,7 @@ def base() -> ConfigDict:
         "save_every": 1000,
         "stages": ("",),
         "only": ("",),
+        "init_from": "",
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
@@ -127,6 +131,8 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
+    if config.init_from and not _holds_weights(config.init_from):
+        wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
     for name in config.stages:
         wrong += _stage_problems(config, name, done)
@@ -158,8 +164,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
 
     def known(field: str) -> None:
         source = c[field]
-        if source and source not in done and not (Path(source) / "config.json").exists():
-            wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor a folder with a config.json")
+        if source and source not in done and not _holds_weights(source):
+            wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor {WEIGHTS}")
 
     known("init")
     if c.steps < 1 or c.videos < 1:
@@ -190,6 +196,14 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
+def _holds_weights(source: str) -> bool:
+    """Whether a folder looks like published weights, or has checkpoint steps; they are checked when the run begins."""
+    folder = Path(source)
+    return (folder / "config.json").exists() or any(
+        here.is_dir() and any(here.glob("step_*")) for here in (folder, folder / "checkpoints")
+    )
+
+
 def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     c, wrong = config.eval.arms[name], []
     if c.stage not in done:
@@ -209,6 +223,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     text = configs.to_json(config)
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
+        before = json.loads(configs.to_json(base())) | before  # keys that came after that run have their default
         for c in (before, now):
             for name in ("log_every", "save_every", "eval", "title", "only"):
                 c.pop(name, None)

@@ -41,6 +41,8 @@ SMALL = 2**26  # parameters; up to here `init` is one program, above it one per 
 class ConfigError(ValueError):
     """A config.json that is not a Qwen2.5-VL; the message names the file and the field."""
 
+    exit_code = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -129,21 +131,26 @@ def tiny(
 def _eos(raw: dict, text: dict, folder: pathlib.Path | None) -> tuple[int, ...]:
     """The set of stop ids: generation_config.json's when there is one, else config.json's."""
     ids = raw.get("eos_token_id", text.get("eos_token_id"))
-    if folder is not None and (folder / "generation_config.json").exists():
-        ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id", ids)
+    path = folder / "generation_config.json" if folder is not None else None
+    if path is not None and path.exists():
+        try:
+            ids = json.loads(path.read_text()).get("eos_token_id", ids)
+        except (OSError, ValueError, AttributeError) as e:
+            raise ConfigError(f"{path}: not a readable generation_config.json ({e})") from None
     ids = [151645, 151643] if ids is None else ids
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def config_from_hf(source: dict | str | pathlib.Path) -> Config:
+def config_from_hf(source: dict | str | pathlib.Path, name: str = "config") -> Config:
     """Reads a published config.json (flat), a newer one (nested text_config, either rope spelling), or a dict.
 
     Args:
       source: the dict, the file, or the folder that holds it.
+      name: of a dict, in errors.
     Raises:
       ConfigError: another architecture, or a field that is missing, naming file and field.
     """
-    name, raw, folder = "config", source, None
+    raw, folder = source, None
     if not isinstance(source, dict):
         path = pathlib.Path(source)
         path = path / "config.json" if path.is_dir() else path
@@ -152,14 +159,19 @@ def config_from_hf(source: dict | str | pathlib.Path) -> Config:
             raw = json.loads(path.read_text())
         except (OSError, ValueError) as e:
             raise ConfigError(f"{path}: not a readable config.json ({e})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name}: holds a {type(raw).__name__}, not an object")
     kind = raw.get("model_type")
     if kind != "qwen2_5_vl":
         raise ConfigError(f"{name}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method")
+        raise ConfigError(f"{name}: quantised weights ({method!r}) are not read; take the model they were made from")
     try:
         return _config(raw, name, folder)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise ConfigError(f"{name}: {e}") from None
 
 
