@@ -88,7 +88,7 @@ def infer(tensors: dict[str, np.ndarray], source) -> transnetv2.Config:
 
 
 def convert(source: pathlib.Path, out: pathlib.Path) -> int:
-    """Converts `source` into checkpoint `out`; returns the number of parameters. After a WeightsError `out` is as before."""
+    """Converts `source` into checkpoint `out`; returns the number of parameters. WeightsError: `out` is as before."""
     from marc_jax import checkpoint
 
     tensors = read(source)
