@@ -216,7 +216,7 @@ class Segmenter:
         return self.now - 1 - length + 1 + int(np.argmax(np.append(share, 1.0) >= 0.5))
 
     def _drift(self, seen: Descriptor) -> int | None:
-        """The change point of a take that is far from its beginning, once the change has come to rest (or after 2 s)."""
+        """The change point of a take far from its beginning, once the change has come to rest (or after 2 s)."""
         if self.beginning is None and self.now - self.start >= self.second:
             self.beginning = self._mean_content(self.start, self.start + self.second)
         if self.now - max(self.start, self.last_drift) < self.drift_frames:
