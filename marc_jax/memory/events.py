@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 
 GRID, SIDE, BINS = 16, 64, 8
+FINGERPRINT = "events 2"  # raised whenever borders change: memories made before are then stale
 DUPLICATE = 0.01  # S of a frame shown twice, or of a still scene: says nothing about the camera's unrest
 
 
