@@ -40,6 +40,8 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     # Reference implementations for the conversion tests; never imported by a run.
     "parity": ["torch>=2.10", "torchvision", "transformers>=5.5,<6", "qwen-vl-utils==0.0.14"],
+    # PySceneDetect stands beside our segmenter in tools/bench/events.py.
+    "bench": ["scenedetect>=0.7"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
 }
 

@@ -34,6 +34,7 @@ ABOVE = {
         "marc_jax.rl.types",
         "data_pipelines.patches",
     ),
+    "marc_jax.memory.shots": ("data_pipelines", "marc_jax.checkpoint", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.memory.indexer": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.batches": ("data_pipelines", "marc_jax.memory.view", "marc_jax.models.prompts", "marc_jax.rl.types"),
     "marc_jax.messages": ("data_pipelines", "marc_jax.models.prompts"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines import patches, video
 from marc_jax.memory import embed, events, store
+from marc_jax.memory.shots import Shots
 from marc_jax.memory.view import normalise
 from marc_jax.models import qwen25_vl
 
@@ -44,12 +45,16 @@ class Indexer:
 
     CHUNK = 16
 
-    def __init__(self, cfg, params: dict, retriever: dict, sampling: Sampling):
-        self.sampling, self.params, self.retriever = sampling, params, retriever
+    def __init__(self, cfg, params: dict, retriever: dict, sampling: Sampling, *, shots: Shots | None = None):
+        """Args:
+        shots: divides files by TransNetV2; default `memory.events` on the sampled frames.
+        """
+        self.sampling, self.params, self.retriever, self.shots = sampling, params, retriever, shots
         self.fingerprint = store.fingerprint(
             tower=tower_sha256(params),
             retriever=store.tree_sha256(jax.device_get(retriever)),
             preprocessing=dataclasses.asdict(sampling),
+            segmenter=shots.fingerprint if shots else events.FINGERPRINT,
         )
 
         @jax.jit
@@ -69,10 +74,14 @@ class Indexer:
             parts.append([np.asarray(x)[: len(part)] for x in self._run(self.params, self.retriever, padded)])
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
-    def entry(self, clip: video.Clip, sha256: str) -> store.MemoryEntry:
-        """The memory of one decoded clip. Event embedding: mean of its patches' unit vectors, renormalised."""
+    def entry(self, clip: video.Clip, sha256: str, spans: list | None = None) -> store.MemoryEntry:
+        """The memory of one decoded clip. Event embedding: mean of its patches' unit vectors, renormalised.
+
+        Args:
+          spans: its events in temporal patches; default those that `memory.events` finds.
+        """
         features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
-        spans = events.segment(clip.frames, self.sampling.fps)
+        spans = events.segment(clip.frames, self.sampling.fps) if spans is None else spans
         mean_ed = np.stack([emb_td[a:b].mean(0) for a, b in spans])
         emb_ed = np.asarray(embed.unit(jnp.asarray(mean_ed)))
         seconds = np.asarray(clip.seconds, np.float64)[::2]
@@ -90,4 +99,6 @@ class Indexer:
 
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
-        return self.entry(self.sampling.read(path), store.file_sha256(path))
+        clip = self.sampling.read(path)
+        spans = self.shots.spans(path, clip.seconds[::2]) if self.shots else None
+        return self.entry(clip, store.file_sha256(path), spans)
