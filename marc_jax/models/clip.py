@@ -231,3 +231,11 @@ def unit(x: jax.Array) -> jax.Array:
     """x / max(|x|, 1e-12) along the last axis, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
+def config_from(raw: dict) -> Config:
+    """The inverse of `dataclasses.asdict`. Raises ValueError for another structure."""
+    try:
+        return Config(**(raw | {"image": Image(**raw["image"]), "text": Text(**raw["text"])}))
+    except (TypeError, KeyError) as e:
+        raise ValueError(f"not the sizes of a dual encoder ({e!r})") from None

@@ -307,4 +307,21 @@ def published(cfg: Config, form: str, params: dict) -> Iterator[tuple[str, np.nd
             start = offsets.get((path, layer), 0)
             offsets[path, layer] = start + shape[0]
             whole = whole[start : start + shape[0]]
-        yield name, np.ascontiguousarray(whole.reshape(shape))
+        yield name, np.ascontiguousarray(whole).reshape(shape)  # ascontiguousarray makes a scalar [1]
+
+
+def recognise(found: Mapping[str, tuple[int, ...]], source: str = "checkpoint") -> Config:
+    """The published model that these names and shapes are. Raises WeightsError, naming what would fit best."""
+    form = form_of(found, source)
+    if form == "siglip2":
+        known = [siglip2.siglip2(name) for name in siglip2.SIZES]
+    else:
+        known = [perception_encoder.pe_core(name) for name in perception_encoder.SIZES]
+
+    def misfits(cfg: Config) -> int:
+        want = published_shapes(cfg, form)
+        return sum(tuple(found.get(name, ())) != shape for name, shape in want.items())
+
+    best = min(known, key=misfits)
+    match(best, found, source)
+    return best
