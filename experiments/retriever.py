@@ -1,4 +1,4 @@
-"""The retriever alone, trained contrastively on the quick start's videos; index and ask need nothing more of a run.
+"""The retriever alone, trained contrastively on the quick start's videos: enough to index with, but not to answer.
 
     python -m marc_jax.train --config=experiments/retriever.py --workdir=runs/retriever
     python -m marc_jax.train --config=experiments/retriever.py --workdir=runs/r2 --config.retriever.in_batch=0.0
@@ -24,4 +24,5 @@ def get_config():
     c.stages = ("retriever",)
     c.retriever = {"kind": "retriever", "init": TEACHER, "types": SINGLE + PAIRS + PAIRS, "videos": 128, "steps": 500}
     c.retriever.update(in_batch=0.1, optimizer={"learning_rate": 3e-3})
+    c.eval = {"teacher": TEACHER}  # whose vision tower indexes
     return c
