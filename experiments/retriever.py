@@ -6,7 +6,11 @@
 Negatives: the other events of the question's own video, and (in_batch) the events that the batch's other questions
 need, both ways round (symmetric InfoNCE). Videos of a batch are split over the mesh's data axis; the in-batch term is
 over the whole batch on any number of devices. Keep in_batch small where different videos may show the same thing, as
-they often do here: those are false negatives. Not measured as a whole yet.
+they often do here: those are false negatives.
+
+Measured on two shared CPU cores (2026-11-22, one seed, --config.data.train_videos=400 --config.retriever.steps=200
+--config.retriever.videos=64): recall@3 of the last training batches 92.1 % with in_batch 0.1, 92.8 % with 0.0; half a
+minute to two. The full 500 steps of this file are not measured.
 """
 
 from ml_collections import ConfigDict
