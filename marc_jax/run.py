@@ -20,12 +20,13 @@ from data_pipelines.synthetic.scenes import Difficulty
 from marc_jax import checkpoint, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
-from marc_jax.memory import embed, indexer
+from marc_jax.memory import embed, encoders, indexer
 from marc_jax.memory.view import View, normalise
 from marc_jax.models import qwen25_vl
+from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
-from marc_jax.tokenizer import Tokenizer
+from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
 TOWER_CHUNK = 1024
@@ -162,6 +163,23 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
             here.load_retriever()
             return here, stage
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
+
+
+def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
+    """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
+
+    Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
+    """
+    given = here.config.get("encoder") or {}
+    path, pool = path or given.get("path", ""), pool or given.get("pool", "mean")
+    if pool not in encoders.POOLS:
+        raise ConfigError(f"pool {pool!r}: choose one of {', '.join(encoders.POOLS)}")
+    if not path:
+        return None, pool
+    try:
+        return encoders.open_encoder(path, mesh=here.mesh), pool
+    except (WeightsError, TokenizerError) as e:
+        raise ConfigError(f"--encoder: {e}") from None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

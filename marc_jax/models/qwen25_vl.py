@@ -6,21 +6,18 @@ reference and policy are this one function over different dicts.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax import sharding
-from marc_jax.models import packed
+from marc_jax.models import packed, trees
 from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
-from marc_jax.models.layers import Runtime, sample
+from marc_jax.models.layers import Runtime
 from marc_jax.models.packed import Packed
 from marc_jax.models.vision import VisionConfig, VisionTower
 
@@ -33,9 +30,6 @@ SIZES = {
     "32b": {"text": (152064, 5120, 64, 40, 8, 27648, False), "vision": 3456},
     "72b": {"text": (152064, 8192, 80, 64, 8, 29568, False), "vision": 3456},
 }
-
-
-SMALL = 2**26  # parameters; up to here `init` is one program, above it one per leaf (bounded memory)
 
 
 class ConfigError(ValueError):
@@ -279,20 +273,13 @@ class Qwen25VL(nnx.Module):
         return self.text.logits(hidden)
 
 
-@functools.lru_cache(maxsize=64)
-def _skeleton(cfg: Config, runtime: Runtime) -> tuple[Any, Any]:
-    """(graphdef, nested dict of Weight) of a model: no arrays, made once per configuration."""
-    graphdef, state = nnx.split(Qwen25VL(cfg, runtime))
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def _rename(tree: dict, old: str, new: str) -> dict:
     return {new if key == old else key: value for key, value in tree.items()}
 
 
 def describe(cfg: Config) -> dict:
     """Nested dict of `Weight`: shape, logical axes and init of every parameter."""
-    return _rename(_skeleton(cfg, Runtime())[1], "visual", "vision")
+    return _rename(trees.skeleton(Qwen25VL, cfg, Runtime())[1], "visual", "vision")
 
 
 def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto", remat: bool = False) -> Qwen25VL:
@@ -305,7 +292,7 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
       remat: recompute each layer in the backward pass.
     """
     runtime = Runtime(jnp.dtype(dtype), attention, remat)
-    graphdef, _ = _skeleton(cfg, runtime)
+    graphdef, _ = trees.skeleton(Qwen25VL, cfg, runtime)
     if not isinstance(params["text"]["layers"], list):
         return nnx.merge(graphdef, _rename(params, "vision", "visual"))
     visual = nnx.merge(nnx.graphdef(VisionTower(cfg.vision, runtime)), params["vision"])
@@ -325,29 +312,10 @@ def pack(cfg: Config, params: dict, dtype=jnp.bfloat16, bits: int = 16) -> dict:
 
 
 def init(cfg: Config, key: jax.Array, dtype=jnp.float32, mesh=None) -> dict:
-    """Random parameters; with a mesh each leaf is created on its own shards.
-
-    A leaf's key depends on its path only, so its value does not depend on the other leaves.
-    """
-    weights = describe(cfg)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(weights)
-    pairs = [(zlib.crc32(jax.tree_util.keystr(path).encode()), w) for path, w in leaves]
-    placed = [None] * len(pairs) if mesh is None else jax.tree.leaves(sharding.shardings(weights, mesh))
-    whole = sum(w.size for _, w in pairs) <= SMALL
-    groups = [list(range(len(pairs)))] if whole else [[i] for i in range(len(pairs))]
-    out: list[Any] = [None] * len(pairs)
-    for group in groups:
-        make = functools.partial(sample, [pairs[i] for i in group], dtype=dtype)
-        make = jax.jit(make, out_shardings=None if mesh is None else [placed[i] for i in group])
-        for i, value in zip(group, make(key), strict=True):
-            out[i] = value
-    return jax.tree.unflatten(tree, out)
+    """Random parameters; with a mesh each leaf is created on its own shards. See `trees.init`."""
+    return trees.init(describe(cfg), key, dtype, mesh)
 
 
 def abstract(cfg: Config, dtype=jnp.float32, mesh=None) -> dict:
     """ShapeDtypeStructs of the parameters, with shardings when a mesh is given: the target of restore and loading."""
-    weights = describe(cfg)
-    if mesh is None:
-        return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), weights)
-    placed = sharding.shardings(weights, mesh)
-    return jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s), weights, placed)
+    return trees.abstract(describe(cfg), dtype, mesh)
