@@ -176,9 +176,10 @@ def line(case: Case, row: dict, floor: tuple[float, float], args, peer: float | 
     least = max(flops / args.tflops / 1e9, size / args.tbps / 1e9)
     seconds = row["ms"] / 1e3
     beside = f"{peer:9.2f} {peer / row['ms']:6.1f}x" if peer else f"{'-':>9} {'-':>7}"
+    met = "yes" if row["ms"] <= case.goal else "NO"
     return (
-        f"{case.title:42} {row['ms']:9.3f} +-{row['spread']:6.3f} {least:8.3f} {least / row['ms']:6.0%} {case.goal:7.1f}"
-        f" {'yes' if row['ms'] <= case.goal else 'NO':>4} {flops / seconds / 1e12:7.0f} {size / seconds / 1e9:7.0f}"
+        f"{case.title:42} {row['ms']:9.3f} +-{row['spread']:6.3f} {least:8.3f} {least / row['ms']:6.0%}"
+        f" {case.goal:7.1f} {met:>4} {flops / seconds / 1e12:7.0f} {size / seconds / 1e9:7.0f}"
         f" {beside} {row['compile_s']:6.1f} {row['hlo_lines']:7d} {row['temp_gib']:6.2f}"
     )
 
