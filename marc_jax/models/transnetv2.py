@@ -11,7 +11,6 @@ or more on either side: it cannot be made online (`memory.events` can).
 
 import dataclasses
 import functools
-import zlib
 from typing import Any
 
 import jax
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from marc_jax import sharding
-from marc_jax.models.layers import Linear, _param, sample
+from marc_jax.models import trees
+from marc_jax.models.layers import Linear, Runtime, _param
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.paths import flatten, unflatten
 
@@ -171,7 +170,7 @@ def colour_histograms(frames_bthwc: jax.Array) -> jax.Array:
 class TransNetV2(nnx.Module):
     """The network; made by `bind`."""
 
-    def __init__(self, cfg: Config, dtype: Any):
+    def __init__(self, cfg: Config, runtime: Runtime):
         for s in range(cfg.stacks):
             setattr(self, f"stack{s}", Stack(cfg, s))
         self.similarity = Similarity(cfg, sum(cfg.channels(s) for s in range(cfg.stacks)))
@@ -181,7 +180,7 @@ class TransNetV2(nnx.Module):
         self.hidden = Linear((2 * cfg.similarity + flat, cfg.width), (None, None), bias=True)
         self.one_hot = Linear((cfg.width, 1), (None, None), bias=True)
         self.many_hot = Linear((cfg.width, 1), (None, None), bias=True)
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype = cfg, runtime.dtype
 
     def __call__(self, frames_bthwc: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits [B, T] float32: the middle frame of a transition, and all frames of it.
@@ -218,33 +217,24 @@ class TransNetV2(nnx.Module):
         return self.one_hot(x)[..., 0].astype(jnp.float32), self.many_hot(x)[..., 0].astype(jnp.float32)
 
 
-@functools.lru_cache(maxsize=16)
-def _skeleton(cfg: Config, dtype: Any) -> tuple[Any, Any]:
-    graphdef, state = nnx.split(TransNetV2(cfg, dtype))
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def describe(cfg: Config) -> dict:
     """Nested dict of `Weight`: shape, logical axes and init of every parameter."""
-    return _skeleton(cfg, jnp.dtype(jnp.float32))[1]
+    return trees.skeleton(TransNetV2, cfg, Runtime())[1]
 
 
 def bind(cfg: Config, params: dict, *, dtype=jnp.float32) -> TransNetV2:
     """The network over these parameters, activations in `dtype`; cheap, made for use inside jit."""
-    return nnx.merge(_skeleton(cfg, jnp.dtype(dtype))[0], params)
+    return nnx.merge(trees.skeleton(TransNetV2, cfg, Runtime(jnp.dtype(dtype)))[0], params)
 
 
 def init(cfg: Config, key: jax.Array, dtype=jnp.float32) -> dict:
     """Random parameters; a leaf's value depends on the key and its path only."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(describe(cfg))
-    pairs = [(zlib.crc32(jax.tree_util.keystr(path).encode()), w) for path, w in leaves]
-    return jax.tree.unflatten(tree, jax.jit(functools.partial(sample, pairs, dtype=dtype))(key))
+    return trees.init(describe(cfg), key, dtype)
 
 
 def abstract(cfg: Config, dtype=jnp.float32, mesh=None) -> dict:
     """ShapeDtypeStructs of the parameters, whole on every device of the mesh: the target of `checkpoint.restore`."""
-    placed = None if mesh is None else sharding.replicated(mesh)
-    return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype, sharding=placed), describe(cfg))
+    return trees.abstract(describe(cfg), dtype, mesh)
 
 
 # --- published names ---
