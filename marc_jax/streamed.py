@@ -79,8 +79,8 @@ class _Handler(ocp.type_handlers.NumpyHandler):
             store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             todo = indices(value.shape, chunk)
             while group := list(itertools.islice(todo, IN_FLIGHT)):
-                writes = [store[index].write(np.ascontiguousarray(value.part(index), value.dtype)) for index in group]
-                await asyncio.gather(*writes)
+                part = lambda index: np.asarray(value.part(index), value.dtype, order="C")  # noqa: E731
+                await asyncio.gather(*[store[index].write(part(index)) for index in group])
                 value.written += len(group)
 
 

@@ -31,10 +31,12 @@ def test_a_streamed_leaf_is_saved_as_if_it_were_whole(tmp_path):
         return numbers[index]
 
     tree = {"a": Streamed(numbers.shape, np.float32, part, layered=True), "b": numbers[0], "c": jax.numpy.ones(3)}
+    tree["d"] = Streamed((), np.float32, lambda index: np.float32(7))
     checkpoint.save(tmp_path, 0, tree)
     read, _ = checkpoint.restore(tmp_path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
     np.testing.assert_array_equal(read["a"], numbers)
     np.testing.assert_array_equal(read["b"], numbers[0])
+    assert read["d"].shape == () and read["d"] == 7
     assert asked == [numbers[0].nbytes] * 5
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from marc_jax.models import transnetv2
 from marc_jax.models.transnetv2 import WeightsError
 from marc_jax.paths import flatten
+from tools import scratch, torch_pickle
 
 
 def read(source: pathlib.Path) -> dict[str, np.ndarray]:
@@ -40,17 +41,9 @@ def read(source: pathlib.Path) -> dict[str, np.ndarray]:
 
         file = File(source)
         return {name: file.read(name) for name in file.tensors}
-    try:
-        import torch
-    except ImportError:
-        raise WeightsError(f"{source}: reading it needs torch (pip install torch), or give a .safetensors") from None
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what is not a state dict
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"{source}: not a state dict that torch.load(weights_only=True) reads: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise WeightsError(f"{source}: not a state dict of tensors")
+    state = torch_pickle.load(source, mmap=False)
+    if other := [name for name, tensor in state.items() if not hasattr(tensor, "numpy")]:
+        raise WeightsError(f"{source}: {other[0]} is {type(state[other[0]]).__name__}, not a tensor")
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
@@ -94,10 +87,9 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> int:
     tensors = read(source)
     cfg = infer(tensors, source)
     params = transnetv2.assemble(cfg, tensors, str(source))
-    if out.exists() and any(out.iterdir()):
-        raise WeightsError(f"{out}: exists and is not empty")
     meta = {"model": {"model_type": "transnetv2", **dataclasses.asdict(cfg)}, "source": source.name, "dtype": "float32"}
-    checkpoint.save(out, 0, {"params": params}, meta)
+    with scratch.whole(out) as folder:
+        checkpoint.save(folder, 0, {"params": params}, meta)
     return sum(w.size for w in flatten(params).values())
 
 

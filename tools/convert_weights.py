@@ -12,20 +12,16 @@ Exit codes: 0 converted; 2 bad input or no space, one line says what; then nothi
 """
 
 import argparse
-import contextlib
 import pathlib
 import shutil
 import sys
 
-import ml_dtypes
-import numpy as np
-
 from marc_jax.models import weights
 from marc_jax.models.qwen25_vl import ConfigError, config_from_hf
 from marc_jax.models.safetensors_io import WeightsError, open_folder, pickles
-from tools import scratch, torch_pickle
+from tools import scratch, streaming, torch_pickle
+from tools.streaming import DTYPES
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json vocab.json merges.txt chat_template.json chat_template.jinja "
     "preprocessor_config.json video_preprocessor_config.json generation_config.json"
@@ -42,41 +38,25 @@ def convert(source: pathlib.Path, out: pathlib.Path, dtype: str, progress=lambda
       ConfigError, WeightsError, TokenizerError, CheckpointError: one line naming the file and the tensor; `out` is then
         untouched.
     """
-    from marc_jax import checkpoint, pretrained
-    from marc_jax.streamed import Streamed
+    from marc_jax import pretrained
 
     cfg = config_from_hf(source)
     files = _open(source)
     names = weights.match(cfg, {name: file.tensors[name][1] for name, file in files.items()}, str(source))
     weights.check_tied(cfg, files, source)
     pretrained.check_tokenizer(cfg, source)
-    total, done, stopped = sum(int(np.prod(s)) for s in weights.published_shapes(cfg).values()), 0, False
+    read = lambda name: files[names[name]].read(names[name])  # noqa: E731
 
-    def stream(path, shape, piece):
-        def part(index):
-            nonlocal done
-            if stopped:
-                raise InterruptedError(f"{out}: interrupted")
-            numbers = piece(index).astype(DTYPES[dtype])
-            for file in set(files.values()):
-                file.release()
-            done += numbers.size
-            progress(path, done, total)
-            return numbers
-
-        return Streamed(shape, DTYPES[dtype], part, layered=path.startswith(STACKED))
+    def release():
+        for file in set(files.values()):
+            file.release()
 
     with scratch.whole(out) as folder:
-        params = weights.assemble(cfg, lambda name: files[names[name]].read(names[name]), stream)
         meta = {"model": weights.hf_config(cfg, dtype), "source": source.name, "dtype": dtype}
-        pending = checkpoint.save(folder, 0, {"params": params}, meta, wait=False)
-        try:
-            pending.wait()
-        except BaseException:
-            stopped = True  # the writer must be at rest before its folder is removed
-            with contextlib.suppress(BaseException):
-                pending.wait()
-            raise
+        done = streaming.save(
+            folder, lambda make: weights.assemble(cfg, read, make), meta, dtype,
+            layered=lambda path: path.startswith(STACKED), release=release, progress=progress,
+        )  # fmt: skip
         copy_tokenizer(source, folder)
     return done
 

@@ -19,7 +19,8 @@ from marc_jax.models.qwen25_vl import Config, ConfigError, config_from_hf
 from marc_jax.models.safetensors_io import WeightsError, write_folder
 from marc_jax.paths import flatten
 from tools import scratch
-from tools.convert_weights import DTYPES, copy_tokenizer
+from tools.convert_weights import copy_tokenizer
+from tools.streaming import DTYPES
 
 
 def export(cfg: Config, params: dict, out: pathlib.Path, dtype: str, tokenizer=None, shard_bytes=5 * 10**9) -> None:

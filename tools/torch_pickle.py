@@ -18,6 +18,33 @@ _OTHER = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 INDEX = "pytorch_model.bin.index.json"
 
 
+def load(path: pathlib.Path, *, mmap: bool = True) -> dict:
+    """The table of a pickle: name -> torch tensor (or other plain content, which `File` refuses).
+
+    It may lie under "state_dict" or "weights", as trainers write it.
+
+    Args:
+      mmap: map the file; needs torch >= 1.6's format.
+    Raises:
+      WeightsError: no torch, more than tensors in it, damaged, or no table.
+    """
+    torch = _torch(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as e:
+        reason = " ".join(str(e).split("\n\n")[0].split())[:200]
+        raise WeightsError(f"{path}: refused, it is more than tensors ({reason})") from None
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, IndexError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise WeightsError(f"{path}: not a torch checkpoint of torch >= 1.6, or damaged ({reason})") from None
+    for key in ("state_dict", "weights"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state:
+        raise WeightsError(f"{path}: holds {type(state).__name__}, not a table of tensors")
+    return state
+
+
 class File:
     """One pickle, memory-mapped; the interface of `safetensors_io.File`.
 
@@ -29,29 +56,14 @@ class File:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._torch = _torch(path)
-        state = self._load()
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-        if not isinstance(state, dict) or not state:
-            raise WeightsError(f"{path}: holds {type(state).__name__}, not a table of tensors")
         self._dtypes = {
             self._torch.float64: np.dtype(np.float64),
             self._torch.float32: np.dtype(np.float32),
             self._torch.float16: np.dtype(np.float16),
             self._torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
         }
-        self._state = {str(name): self._checked(name, tensor) for name, tensor in state.items()}
+        self._state = {str(name): self._checked(name, tensor) for name, tensor in load(path).items()}
         self.tensors = {name: (self._dtypes[t.dtype], tuple(t.shape)) for name, t in self._state.items()}
-
-    def _load(self):
-        try:
-            return self._torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as e:
-            reason = " ".join(str(e).split("\n\n")[0].split())[:200]
-            raise WeightsError(f"{self.path}: refused, it is more than tensors ({reason})") from None
-        except (RuntimeError, ValueError, OSError, EOFError, KeyError, TypeError, AttributeError, IndexError) as e:
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise WeightsError(f"{self.path}: not a torch checkpoint of torch >= 1.6, or damaged ({reason})") from None
 
     def _checked(self, name, tensor):
         if not isinstance(tensor, self._torch.Tensor):

@@ -121,7 +121,7 @@ def test_nothing_is_written_where_conversion_fails(tmp_path, capsys):
     args = [f"--source={tmp_path / 'x.pt'}", f"--out={tmp_path / 'out'}"]
     assert convert_pe.main(args) == 2 and "known model" in capsys.readouterr().err
     assert convert_pe.main([*args, "--model=PE-Core-L14-336"]) == 2
-    assert "not a torch file of plain tensors" in capsys.readouterr().err
+    assert "not a torch checkpoint" in capsys.readouterr().err
     write(tmp_path / "timm", "timm", PE, drawn(PE))
     with pytest.raises(WeightsError, match="image tower alone"):
         convert_pe.convert(tmp_path / "timm", tmp_path / "out", cfg=PE)

@@ -61,7 +61,7 @@ def test_a_pth_that_holds_code_is_not_run(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     torch.save({"fc1.weight": torch.nn.Linear(2, 2)}, tmp_path / "w.pth")
     assert convert_transnetv2.main([f"--source={tmp_path / 'w.pth'}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "w.pth: not a state dict" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "w.pth: refused, it is more than tensors" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
