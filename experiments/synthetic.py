@@ -5,22 +5,23 @@
 The students train the vision tower too (visual = "pixels"): a merged patch must learn codes that survive averaging.
 Independent stages can run as separate processes: --config.only="('sft',)".
 
-Measured on 2026-11-22: one NVIDIA H200, 16 CPU cores, jax 0.11.2, seed 0, one run. Every stage was a process of its own
-that waited for what it needs; `marc_jax.eval` made the report, 7 min 45 s after nothing was there. Seconds per stage,
-on a GPU shared with the stages in the same brackets: data 28, clips 103, (teacher 82, retriever 91), (sft 184,
-sft_whole 100, distill 209, distill_events 40), evaluation 31. A student's step takes 11 to 20 ms, about 10 of them on
-the host, where its batch is drawn.
+Measured on 2026-11-22: one NVIDIA H200, 16 CPU cores, jax 0.11.2, seed 0, one call. Every stage was a process of its
+own over the same functions that waited for what it needs, not the one command above; `marc_jax.eval` made the report, 7
+min 45 s after nothing was there. Seconds per stage, on a GPU shared with the stages in the same brackets: data 28,
+clips 103, (teacher 82, retriever 91), (sft 184, sft_whole 100, distill 209, distill_events 40), evaluation 31. A
+student's step takes 11 to 20 ms, about 10 of them on the host, where its batch is drawn.
 
 1,250 held-out questions without order; the teacher has 99.2 % of them right:
     sft, one patch                           89.0 %, 89.7 % of the teacher (87.9 to 91.4)
     one patch per event, k = 3, untrained    94.0 %, 94.8 % (93.4 to 96.0); distilled 93.7 %, so nothing gained
-    one patch per event, k = 4, distilled    95.8 %, 96.5 % (95.4 to 97.7); answered on CPU from the checkpoints
+    one patch per event, k = 4, distilled    95.8 %, 96.5 % (95.4 to 97.7); added after k = 3 had been seen, answered
+                                             on CPU from the same checkpoints
     distill, one patch                       68.2 %, 68.8 %; KL 1.00 -> 0.34 in 4,000 steps and still falling
 
-What bounds them:
-- Retrieval finds both scenes among three for 96.0 % of the questions, among four for 99.5 %. The question's embedding
-  adds hues and textures up: "grey checks and purple stripes" scores grey stripes and purple checks as high. More steps
-  do not cure it (recall on training videos 97.1 % after 600 steps, 97.4 after 6,000).
+What seems to bound them:
+- Retrieval finds both scenes among three for 96.0 % of the questions, among four for 99.5 %. As read from the ties, the
+  question's embedding adds hues and textures up: "grey checks and purple stripes" scores grey stripes and purple checks
+  as high. More steps do not cure it (recall on training videos 97.1 % after 600 steps, 97.4 after 6,000).
 - Scenes that dissolve in (219 of the questions): their blended first patch is merged into them, and training has none,
   because recomposed videos leave it out. With both scenes retrieved, per_event has 99.5 % right on the others and 82 %
   on these, sft 93 and 83, the teacher 99.7 and 97.
