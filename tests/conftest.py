@@ -17,6 +17,7 @@ for name, value in flags.items():
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(os.environ.get("TMPDIR", "/tmp"), "hypothesis"))
 
+import cpu_torchvision  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
@@ -46,7 +47,8 @@ def test_data() -> pathlib.Path:
 def qwen_vl_utils():
     """qwen-vl-utils' vision_process, reading videos through PyAV; the test is skipped where it is not installed."""
     torch = pytest.importorskip("torch", reason="torch is the [parity] extra")
-    _import_torchvision(torch)
+    if not cpu_torchvision.load():
+        pytest.skip("torchvision is the [parity] extra")
     module = pytest.importorskip("qwen_vl_utils.vision_process", reason="qwen-vl-utils is the [parity] extra")
 
     def read(element):
@@ -66,23 +68,3 @@ def qwen_vl_utils():
     module.VIDEO_READER_BACKENDS["pyav"] = read
     module.get_video_reader_backend = lambda: "pyav"
     return module
-
-
-_operators = []
-
-
-def _import_torchvision(torch):
-    """torchvision built for CUDA loads on a CPU torch only if two of its operators exist, at least by name."""
-    import sys
-
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        pytest.skip("torchvision is the [parity] extra")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _operators.append(torch.library.Library("torchvision", "DEF"))
-        for name in ("nms", "qnms"):
-            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401

@@ -7,19 +7,6 @@ SigLIP 2: transformers. Norms and biases left at 1 and 0 would hide mapping erro
 import numpy as np
 
 
-def torchvision_without_ops():
-    """A torchvision built for CUDA imports beside a CPU torch once the operators it patches exist."""
-    import torch
-
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    except RuntimeError:  # already there
-        return None
-
-
 def redraw(model, seed=0):
     import torch
 

@@ -1,6 +1,6 @@
 """Writes golden_dual.npz: what the references answer for weights and inputs drawn by numpy from a seed.
 
-    python tests/models/make_golden_dual.py
+    PYTHONPATH=tests python tests/models/make_golden_dual.py
 
 Needs torch, transformers (made with 5.17.0) and facebookresearch/perception_models on the path. The file holds
 answers only; `golden_case` redraws weights and inputs.
@@ -44,10 +44,12 @@ def golden_case(case):
 
 
 def main():
+    import cpu_torchvision
     import dual_reference as reference
     import torch
 
-    keep, answers = reference.torchvision_without_ops(), {}
+    cpu_torchvision.load()
+    answers = {}
     for case in CASES:
         found, pixels, tokens = golden_case(case)
         make = reference.siglip_model if case == "siglip2" else reference.meta_model
@@ -62,7 +64,6 @@ def main():
                 answers[f"{case}_image"] = model.encode_image(x, normalize=True).numpy()
                 answers[f"{case}_text"] = model.encode_text(ids, normalize=True).numpy()
     np.savez_compressed(FILE, **answers)
-    del keep
 
 
 if __name__ == "__main__":

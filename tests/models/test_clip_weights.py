@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cpu_torchvision
 import dual_reference as reference
 import jax
 import numpy as np
@@ -131,9 +132,8 @@ def test_nothing_is_written_where_conversion_fails(tmp_path, capsys):
 @pytest.fixture
 def timm():
     torch = pytest.importorskip("torch")
-    keep = reference.torchvision_without_ops()
-    yield pytest.importorskip("timm"), torch
-    del keep
+    cpu_torchvision.load()
+    return pytest.importorskip("timm"), torch
 
 
 def test_timm_weights_give_timm_features(timm):

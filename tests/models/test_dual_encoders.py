@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import cpu_torchvision
 import dual_reference as reference
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,9 @@ def exact():
 @pytest.fixture(scope="module")
 def meta():
     torch = pytest.importorskip("torch")
-    keep = reference.torchvision_without_ops()
+    cpu_torchvision.load()
     pytest.importorskip("core.vision_encoder.pe", reason="facebookresearch/perception_models is not on the path")
-    yield torch
-    del keep
+    return torch
 
 
 def pe_config(class_token, layers=3):
