@@ -25,7 +25,10 @@ def _pad_axis1(x: jax.Array, length: int) -> jax.Array:
 
 
 def _cudnn(q, k, v, *, causal=False, lengths=None):
-    """cuDNN refuses some lengths: sequences are padded to a multiple of 64 and the padding masked by length."""
+    """cuDNN refuses some lengths: sequences are padded to a multiple of 64.
+
+    The padding is masked by length; a causal query never sees what comes after it.
+    """
     b, length = q.shape[:2]
     padded = -(-length // 64) * 64
     if padded != length and lengths is None and not causal:
@@ -131,10 +134,11 @@ def bidirectional(q_blnh: jax.Array, k_blnh: jax.Array, v_blnh: jax.Array, impl:
 def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax.Array, impl: str) -> jax.Array:
     """Causal attention with a key mask; query head j reads key head j // (n / k). -> [b, l, n, h].
 
-    The cudnn backend needs right-padded rows (True, .., True, False, .., False); xla takes any mask.
+    The cudnn backend needs right-padded rows (True, .., True, False, .., False), where the mask changes no real token's
+    result; xla takes any mask.
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
-        return _cudnn(q_blnh, k_blkh, v_blkh, causal=True, lengths=jnp.sum(mask_bl, -1, dtype=jnp.int32))
+        return _cudnn(q_blnh, k_blkh, v_blkh, causal=True)
     kv, length = k_blkh.shape[2], q_blnh.shape[1]
     keys, values = (a[:, None].transpose(0, 3, 1, 2, 4) for a in (k_blkh, v_blkh))
     ok = _causal_mask(mask_bl[:, None], q_blnh.shape[2] // kv)

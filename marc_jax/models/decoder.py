@@ -14,7 +14,7 @@ from flax import nnx
 from marc_jax.models import attention, cache, packed, rope
 from marc_jax.models.cache import KV
 from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, maybe_remat, stack_of
-from marc_jax.models.packed import Packed
+from marc_jax.models.packed import Packed, rows_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +146,12 @@ class Decoder(nnx.Module):
         x, (k, v) = jax.lax.scan(maybe_remat(body, self.runtime), x, (stacked, per_layer))
         return self.norm(x), k, v
 
-    def prefill(self, x_bld, pos_3bl, mask_bl) -> tuple[jax.Array, KV]:
+    def prefill(self, x_bld, pos_3bl, mask_bl, at_b=None) -> tuple[jax.Array, KV]:
         def attend(q, k, v, _):
             return attention.causal(q, k, v, mask_bl, self.runtime.attention)
 
         x, k, v = self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())
-        return x, KV(k, v)
+        return x if at_b is None else rows_at(x, at_b), KV(k, v)
 
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         def attend(q, k, v, mine):

@@ -68,8 +68,8 @@ def _tiled(dtype):
     return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
 
 
-@functools.partial(jax.jit, static_argnames=("ahead_bytes",))  # traced once, not once per layer
-def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("glu", "ahead_bytes"))  # traced once, not once per layer
+def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = False, ahead_bytes: tuple = ()):
     """x @ w.T of a few rows, weights streamed: float32 [pieces, M, N], to be summed over the first axis.
 
     Weights are the left operand of the tensor core (64 outputs high), x the right one (M columns), so no row of either
@@ -83,15 +83,18 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), ahead_bytes: tup
       w_nk: bfloat16 or int8 (unscaled), N a multiple of 64, each output's weights contiguous.
       ahead: weights [N', K'] that the next kernels will read; `ahead_bytes` of each are asked into the second-level
         cache when a block is done, so that memory works on while small kernels run.
+      glu: w is [gate; up]: returns silu(x @ gate.T) * (x @ up.T), bfloat16 [M, N / 2]. A block walks over a tile of the
+        gate, then over the same tile of up. Needs `plan` to give one piece, and bfloat16 weights.
     """
     pl, plgpu = _pallas()
     (m, k), (n, _) = x_mk.shape, w_nk.shape
     size = w_nk.dtype.itemsize
     pieces, width, steps = plan(m, n, k, size)
-    x_mk = jnp.pad(x_mk, ((0, 0), (0, pieces * steps * width - k)))
-    tiles = n // TILE
-    blocks = min(tiles * pieces, max(PROCESSORS // pieces, 1) * pieces)
-    lanes = blocks // pieces  # blocks that share a piece of x
+    halves = 2 if glu else 1
+    tiles = n // TILE // halves
+    walk = halves * steps  # copies per tile
+    block_count = min(tiles * pieces, max(PROCESSORS // pieces, 1) * pieces)
+    lanes = block_count // pieces  # blocks that share a piece of x
     narrow = w_nk.dtype == jnp.int8
 
     def kernel(w_gmem, x_gmem, *rest):
@@ -99,12 +102,26 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), ahead_bytes: tup
         block = lax.axis_index("block")
         piece, lane = lax.rem(block, pieces), lax.div(block, pieces)
         mine = lax.div(tiles - lane + lanes - 1, lanes)  # tiles lane, lane + lanes, ..
-        for i in range(steps):
+        for i in range(steps):  # columns past the end are filled with zeros, of x as of the weights
             columns = pl.ds((piece * steps + i) * width, width)
             plgpu.copy_gmem_to_smem(x_gmem.at[:, columns], x_smem.at[i], barrier)
 
-        def body(at, w_smem, acc):
-            i = lax.rem(at[0], steps)
+        def store(at, acc, gate):
+            rows = pl.ds((lane + lax.div(at, walk) * lanes) * TILE, TILE)
+            turned = plgpu.Layout.WGMMA_TRANSPOSED
+            if not glu:
+                out_gmem.at[piece].T[rows, :] = plgpu.layout_cast(acc, turned)
+                return
+            # Products and activation round to bfloat16 where the plain layer does.
+            gate = gate.astype(jnp.bfloat16).astype(jnp.float32)
+            gate = (gate / (1.0 + jnp.exp(-gate))).astype(jnp.bfloat16).astype(jnp.float32)
+            y_nm = (gate * acc.astype(jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16)
+            out_gmem.T[rows, :] = plgpu.layout_cast(y_nm, turned)
+
+        def body(at, w_smem, carry):
+            acc, *gate = carry
+            j = lax.rem(at[0], walk)
+            i = lax.rem(j, steps)
             pl.when(at[0] == 0)(lambda: plgpu.barrier_wait(barrier))
 
             def product(ref):
@@ -112,39 +129,46 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), ahead_bytes: tup
                 plgpu.wgmma_wait(0)
                 return ref[...]
 
-            kept = lax.broadcast_in_dim(jnp.where(i == 0, 0.0, 1.0), acc.shape, ())
-            acc = acc * kept + pl.run_scoped(product, plgpu.ACC((TILE, m), jnp.float32))
+            def flag(yes):
+                return lax.broadcast_in_dim(jnp.where(yes, 1.0, 0.0), acc.shape, ())
 
-            @pl.when(i == steps - 1)
-            def _():
-                rows = pl.ds((lane + lax.div(at[0], steps) * lanes) * TILE, TILE)
-                out_gmem.at[piece].T[rows, :] = plgpu.layout_cast(acc, plgpu.Layout.WGMMA_TRANSPOSED)
+            if glu:
+                turn = flag(j == steps)
+                gate = [gate[0] * (1.0 - turn) + acc * turn]
+            acc = acc * flag(i != 0) + pl.run_scoped(product, plgpu.ACC((TILE, m), jnp.float32))
+            pl.when(j == walk - 1)(lambda: store(at[0], acc, *(gate or [None])))
+            return (acc, *gate)
 
-            return acc
+        def where(at):
+            j = lax.rem(at, walk)
+            tile = lane + lax.div(at, walk) * lanes + lax.div(j, steps) * tiles
+            return tile, piece * steps + lax.rem(j, steps)
 
-        def where(i):
-            return lane + lax.div(i, steps) * lanes, piece * steps + lax.rem(i, steps)
-
+        zeros = plgpu.layout_cast(jnp.zeros((TILE, m), jnp.float32), plgpu.Layout.WGMMA)
         plgpu.emit_pipeline(
             body,
-            grid=(mine * steps,),
+            grid=(mine * walk,),
             in_specs=[plgpu.BlockSpec((TILE, width), where, transforms=_tiled(w_nk.dtype))],
             max_concurrent_steps=QUEUE // (TILE * width * size),
-            init_carry=plgpu.layout_cast(jnp.zeros((TILE, m), jnp.float32), plgpu.Layout.WGMMA),
+            init_carry=(zeros,) * halves,
         )(w_gmem)
         for ref, limit in zip(ahead_gmem, ahead_bytes, strict=True):
             rows, columns = ref.shape
             across = columns // 256
             boxes = min(limit // (TILE * 256 * ref.dtype.itemsize), rows // TILE * across)
-            for i in range(-(-boxes // blocks)):
-                box = lax.min(block + i * blocks, boxes - 1)
+            for i in range(-(-boxes // block_count)):
+                box = lax.min(block + i * block_count, boxes - 1)
                 at = pl.ds(lax.div(box, across) * TILE, TILE), pl.ds(lax.rem(box, across) * 256, 256)
                 plgpu.async_prefetch(ref.at[at])
 
+    if glu:
+        out = jax.ShapeDtypeStruct((m, n // 2), jnp.bfloat16)
+    else:
+        out = jax.ShapeDtypeStruct((pieces, m, n), jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((pieces, m, n), jnp.float32),
-        grid=(blocks,),
+        out_type=out,
+        grid=(block_count,),
         grid_names=("block",),
         scratch_types=(
             plgpu.SMEM((steps, m, width), jnp.bfloat16, transforms=_tiled(jnp.bfloat16)),
@@ -169,22 +193,21 @@ def key_bias(prefix_mask_bp: jax.Array, index: jax.Array, r: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("heads", "spread"))
-def partial_attention(q_bkxh, prefix, own, layer, index, bias_bs, *, heads: int, spread: int):
+def partial_attention(x_bgjh, prefix, own, layer, index, bias_bs, *, heads: int, spread: int):
     """Attention of one decoding step over pieces of the keys, to be joined by `join`.
 
-        slots:   prefix piece 0 | prefix piece 1 | .. | own keys of completion 0 | .. of completion G-1
+        slots:   prefix piece 0 | prefix piece 1 | .. | completion 0: new token, own keys | .. | completion G-1
 
-    A piece is walked block by block with a running maximum (flash attention). It is read by all 64 queries of a tile;
-    those of other completions are computed and dropped by `join`.
+    A piece is walked block by block with a running maximum (flash attention). It is read by all 64 queries of a tile
+    (64 / `padded_heads` completions); those of other completions are computed and dropped by `join`.
 
     Args:
-      q_bkxh: bfloat16 [B, kv, X, 128], scaled and rotated; X = G * heads padded to a multiple of 64; row
-        g * heads + j is query head j of completion g.
+      x_bgjh: bfloat16 [B, G, J, 128], of `step_rows`: this step's queries (rotated and scaled), keys (rotated), values.
       prefix, own: KV of the whole model, [layers, B, P, kv, 128] and [layers, B, kv, G, R, 128], bfloat16, P and R
         multiples of 8: read in place.
       layer, index: int32 [1]: whose keys, and how many own slots are written.
       bias_bs: of `key_bias`.
-      heads: query heads per key head, a power of two up to 64.
+      heads: query heads per key head.
       spread: pieces of the prefix, at most.
 
     Returns:
@@ -192,26 +215,31 @@ def partial_attention(q_bkxh, prefix, own, layer, index, bias_bs, *, heads: int,
       Slots: tile by tile the pieces of the prefix, then one per completion.
     """
     pl, plgpu = _pallas()
-    b, kv, x, h = q_bkxh.shape
-    p, g = prefix.k.shape[2], own.k.shape[3]
+    b, g, _, h = x_bgjh.shape
+    kv, p = prefix.k.shape[3], prefix.k.shape[2]
+    wide = padded_heads(heads)
+    per_tile = QUERIES // wide
     pieces, per = blocks(p, spread)
-    tiles = x // QUERIES
-    shared = tiles * pieces
-    tiled = _tiled(jnp.bfloat16)
-    wide = plgpu.Layout.WGMMA
+    shared = -(-g // per_tile) * pieces
+    tiled, grid = _tiled(jnp.bfloat16), plgpu.Layout.WGMMA
 
-    def kernel(layer_gmem, index_gmem, q_gmem, kp_gmem, vp_gmem, ko_gmem, vo_gmem, bias_gmem,
+    def kernel(layer_gmem, index_gmem, x_gmem, kp_gmem, vp_gmem, ko_gmem, vo_gmem, bias_gmem,
                out_gmem, top_gmem, sum_gmem, q_smem, w_smem, barrier):
         row, slot = lax.axis_index("bk"), lax.axis_index("slot")
         i, head, depth = lax.div(row, kv), lax.rem(row, kv), layer_gmem[0]
-        g_own = lax.max(slot - shared, 0)
-        tile = jnp.where(slot < shared, lax.div(slot, pieces), lax.div(g_own * heads, QUERIES))
-        plgpu.copy_gmem_to_smem(q_gmem.at[i, head, pl.ds(tile * QUERIES, QUERIES)], q_smem, barrier)
-        plgpu.barrier_wait(barrier)
+        mine = lax.max(slot - shared, 0)
+        tile = jnp.where(slot < shared, lax.div(slot, pieces), lax.div(mine, per_tile))
+        for j in range(per_tile):  # past G rows repeat: dropped by join
+            queries = x_gmem.at[i, lax.min(tile * per_tile + j, g - 1), pl.ds(head * wide, wide)]
+            plgpu.copy_gmem_to_smem(queries, q_smem.at[pl.ds(j * wide, wide)], barrier)
 
-        def walk(k_gmem, v_gmem, spec, first, count, offset):
+        def walk(k_gmem, v_gmem, first, count, offset, start, arrived):
             def body(at, k_smem, v_smem, carry):
                 acc, top_x, sum_x = carry
+                if not arrived:
+                    pl.when(at[0] == 0)(lambda: plgpu.barrier_wait(barrier))
+                keys = pl.ds(offset + (first + at[0]) * KEYS, KEYS)
+                bias = plgpu.load(bias_gmem.at[i, keys], layout=grid.reduce(0), optimized=False)
 
                 def scores(ref):
                     plgpu.wgmma(ref, q_smem, k_smem.T)
@@ -219,8 +247,6 @@ def partial_attention(q_bkxh, prefix, own, layer, index, bias_bs, *, heads: int,
                     return ref[...]
 
                 s_xk = pl.run_scoped(scores, plgpu.ACC((QUERIES, KEYS), jnp.float32))
-                keys = pl.ds(offset + (first + at[0]) * KEYS, KEYS)
-                bias = plgpu.load(bias_gmem.at[i, keys], layout=wide.reduce(0), optimized=False)
                 s_xk = s_xk + lax.broadcast_in_dim(bias, s_xk.shape, [1])
                 higher = jnp.maximum(top_x, s_xk.max(axis=1))
                 weights = jnp.exp(s_xk - lax.broadcast_in_dim(higher, s_xk.shape, [0]))
@@ -237,32 +263,37 @@ def partial_attention(q_bkxh, prefix, own, layer, index, bias_bs, *, heads: int,
                 acc = acc * lax.broadcast_in_dim(fade, acc.shape, [0]) + new
                 return acc, higher, sum_x * fade + weights.sum(axis=1)
 
-            start = tuple(
-                plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-                for shape, value, layout in (
-                    ((QUERIES, h), 0.0, wide), ((QUERIES,), NEG, wide.reduce(1)), ((QUERIES,), 0.0, wide.reduce(1))
-                )
-            )
-            block = plgpu.BlockSpec(*spec, transforms=tiled)
+            block = plgpu.BlockSpec((KEYS, h), lambda at: (first + at, 0), transforms=tiled)
             end = plgpu.emit_pipeline(
                 body, grid=(count,), in_specs=[block, block], max_concurrent_steps=2, init_carry=start
             )(k_gmem, v_gmem)
             for ref, value in zip((out_gmem, top_gmem, sum_gmem), end, strict=True):
                 ref[i, head, slot] = value
 
+        def full(shape, value, layout):
+            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+        row_layout = grid.reduce(1)
+
         @pl.when(slot < shared)
         def _():
             first = lax.rem(slot, pieces) * per
-            spec = (KEYS, h), lambda at: (first + at, 0)
-            count = lax.min(per, -(-p // KEYS) - first)
-            walk(kp_gmem.at[depth, i, :, head], vp_gmem.at[depth, i, :, head], spec, first, count, 0)
+            start = full((QUERIES, h), 0.0, grid), *(full((QUERIES,), value, row_layout) for value in (NEG, 0.0))
+            refs = (ref.at[depth, i, :, head] for ref in (kp_gmem, vp_gmem))
+            walk(*refs, first, lax.min(per, -(-p // KEYS) - first), 0, start, False)
 
         @pl.when(slot >= shared)
         def _():
-            spec = (KEYS, h), lambda at: (at, 0)
-            count = lax.div(index_gmem[0] + KEYS - 1, KEYS)
-            refs = (ref.at[depth, i, head, g_own] for ref in (ko_gmem, vo_gmem))
-            walk(*refs, spec, 0, count, p + -p % KEYS)
+            def new(which):
+                ref = x_gmem.at[i, mine, kv * wide + which * kv + head]
+                wide_h = plgpu.load(ref, layout=grid.reduce(0), optimized=False).astype(jnp.float32)
+                return lax.broadcast_in_dim(wide_h, (QUERIES, h), [1])
+
+            plgpu.barrier_wait(barrier)
+            queries = plgpu.load(q_smem, layout=grid).astype(jnp.float32)
+            start = (new(1), (queries * new(0)).sum(axis=1), full((QUERIES,), 1.0, row_layout))
+            refs = (ref.at[depth, i, head, mine] for ref in (ko_gmem, vo_gmem))
+            walk(*refs, 0, lax.div(index_gmem[0] + KEYS - 1, KEYS), p + -p % KEYS, start, True)
 
     slots = shared + g
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -274,42 +305,54 @@ def partial_attention(q_bkxh, prefix, own, layer, index, bias_bs, *, heads: int,
         scratch_types=(
             plgpu.SMEM((QUERIES, h), jnp.bfloat16, transforms=tiled),
             plgpu.SMEM((QUERIES, KEYS), jnp.bfloat16, transforms=tiled),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=per_tile),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(layer, index, q_bkxh, prefix.k, prefix.v, own.k, own.v, bias_bs)
+    )(layer, index, x_bgjh, prefix.k, prefix.v, own.k, own.v, bias_bs)
 
 
-def join(parts, s_bkgm: jax.Array, v_bkgh: jax.Array) -> jax.Array:
-    """Joins `partial_attention` with the step's own token (score s, value v): float32 [B, kv, G, heads, 128].
+def step_rows(q_bgnh: jax.Array, k_bgkh: jax.Array, v_bgkh: jax.Array) -> jax.Array:
+    """What `partial_attention` reads of a step: [B, G, J, h], the heads of each group padded to `padded_heads`.
+
+        q of group 0 (padded) | q of group 1 (padded) | .. | k 0 k 1 .. | v 0 v 1 .. | zeros to a multiple of 8
+    """
+    b, g, n, h = q_bgnh.shape
+    kv = k_bgkh.shape[2]
+    wide = padded_heads(n // kv)
+    q = jnp.pad(q_bgnh.reshape(b, g, kv, n // kv, h), ((0, 0),) * 3 + ((0, wide - n // kv), (0, 0)))
+    rows = jnp.concatenate([q.reshape(b, g, kv * wide, h), k_bgkh, v_bgkh], 2)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % ROWS), (0, 0)))
+
+
+def join(parts, g: int, heads: int) -> jax.Array:
+    """Joins `partial_attention`'s slots: float32 [B, G, kv, heads, 128].
 
     Written slot by slot, so that XLA makes one elementwise kernel of it.
     """
-    out, top, total = parts
-    b, kv, g, heads = s_bkgm.shape
-    per_tile = QUERIES // heads
+    b, kv, slots = parts[0].shape[:3]
+    wide = padded_heads(heads)
+    per_tile = QUERIES // wide
     tiles = -(-g // per_tile)
-    pieces = (out.shape[2] - g) // tiles
+    pieces = (slots - g) // tiles
 
     def of_prefix(a, piece):  # [B, kv, slots, 64, ..] -> [B, kv, G, heads, ..]
         a = a[:, :, piece : tiles * pieces : pieces]
-        return a.reshape(b, kv, tiles * per_tile, heads, *a.shape[4:])[:, :, :g]
+        return a.reshape(b, kv, tiles * per_tile, wide, *a.shape[4:])[:, :, :g, :heads]
 
     def of_own(a):
-        a = a[:, :, tiles * pieces :].reshape(b, kv, g, per_tile, heads, *a.shape[4:])
-        return jnp.stack([a[:, :, i, i % per_tile] for i in range(g)], axis=2)
+        a = a[:, :, tiles * pieces :].reshape(b, kv, g, per_tile, wide, *a.shape[4:])
+        return jnp.stack([a[:, :, i, i % per_tile, :heads] for i in range(g)], axis=2)
 
-    slots = [tuple(of_prefix(a, piece) for a in (out, top, total)) for piece in range(pieces)]
-    slots.append(tuple(of_own(a) for a in (out, top, total)))
-    highest = functools.reduce(jnp.maximum, [t for _, t, _ in slots], s_bkgm)
-    weight = jnp.exp(s_bkgm - highest)
-    summed, weights = weight[..., None] * v_bkgh.astype(jnp.float32)[:, :, :, None], weight
-    for values, t, w in slots:
-        scale = jnp.exp(t - highest)
-        summed, weights = summed + values * scale[..., None], weights + w * scale
-    return summed / weights[..., None]
+    each = [tuple(of_prefix(a, piece) for a in parts) for piece in range(pieces)]
+    each.append(tuple(of_own(a) for a in parts))
+    highest = functools.reduce(jnp.maximum, [top for _, top, _ in each])
+    summed, weights = 0.0, 0.0
+    for values, top, total in each:
+        scale = jnp.exp(top - highest)
+        summed, weights = summed + values * scale[..., None], weights + total * scale
+    return (summed / weights[..., None]).swapaxes(1, 2)
 
 
 def padded_heads(heads: int) -> int:
-    """Query heads per key head, padded to a power of two (at most 64)."""
-    return 2 ** math.ceil(math.log2(heads))
+    """Query heads per key head, padded to a power of two from 8 to 64."""
+    return max(8, 2 ** math.ceil(math.log2(heads)))

@@ -14,9 +14,8 @@ from flax import nnx
 from marc_jax.models import attention, cache, hopper, rope
 from marc_jax.models.cache import KV
 
-# What each projection asks for ahead: bytes of the matrices that follow. The second-level cache (50 MB) must hold them
-# until they are read; what runs in between (attention, norms) leaves memory idle for about this much.
-AHEAD = {"qkv": (2**24, 24 * 2**20), "gate_up": (12 * 2**20,), "down": (12 * 2**20,)}
+# What each projection asks for ahead: bytes of the matrices that follow.
+AHEAD = {"qkv": (0, 0), "gate_up": (0,), "down": (0,)}
 SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side
 
 
@@ -82,18 +81,29 @@ def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
 
 
 def project(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
-    """x @ w.T: float32 [M, N].
+    """x @ w.T [M, N]: float32 for a few rows (sums not yet rounded), x's dtype for many (half the bytes to write).
 
     Args:
       ahead, ahead_bytes: matrices that come next, and how much of each may be fetched early (`hopper.stream`).
     """
     (m, k), n = x_mk.shape, w.values.shape[0]
     if _streams(x_mk.dtype) and hopper.plan(m, n, k, w.values.dtype.itemsize):
-        y = hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), ahead_bytes).sum(0)
+        y = hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), ahead_bytes=ahead_bytes).sum(0)
     else:
+        out = jnp.float32 if m <= hopper.MAX_ROWS else x_mk.dtype
         contract = (((1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(x_mk, w.values.astype(x_mk.dtype), contract, preferred_element_type=jnp.float32)
+        y = jax.lax.dot_general(x_mk, w.values.astype(x_mk.dtype), contract, preferred_element_type=out)
     return y if w.scale is None else y * w.scale
+
+
+def glu(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
+    """silu(x @ gate.T) * (x @ up.T) in x's dtype, [M, N / 2], of w = [gate; up]."""
+    (m, k), n = x_mk.shape, w.values.shape[0]
+    plan = hopper.plan(m, n, k) if _streams(x_mk.dtype) and w.scale is None and n % (2 * hopper.TILE) == 0 else None
+    if plan and plan[0] == 1:
+        return hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), glu=True, ahead_bytes=ahead_bytes)
+    gate, up = jnp.split(project(x_mk, w, ahead, ahead_bytes).astype(x_mk.dtype), 2, axis=1)
+    return jax.nn.silu(gate) * up
 
 
 def _streams(dtype) -> bool:
@@ -121,7 +131,7 @@ class Packed(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         flat = hidden.reshape(-1, hidden.shape[-1])
         rows = _pad_rows(flat)
-        return project(rows, self.tree["head"])[: len(flat)].reshape(*hidden.shape[:-1], -1)
+        return project(rows, self.tree["head"])[: len(flat)].astype(jnp.float32).reshape(*hidden.shape[:-1], -1)
 
     def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
         c = self.cfg
@@ -133,79 +143,100 @@ class Packed(nnx.Module):
         heads = hopper.padded_heads(self.cfg.num_heads // self.cfg.num_kv_heads)
         return _streams(self.runtime.dtype) and self.cfg.head_dim == 128 and heads <= hopper.QUERIES and p % 8 == 0
 
-    def prefill(self, x_bld: jax.Array, pos_3bl: jax.Array, mask_bl: jax.Array) -> tuple[jax.Array, KV]:
-        """Normed hidden states [B, L, D] and the prompt's cache [layers, B, L, kv, hd]."""
+    def prefill(self, x_bld, pos_3bl, mask_bl, at_b=None) -> tuple[jax.Array, KV]:
+        """Normed hidden states [B, L, D] (or [B, D], of positions `at_b`) and the cache [layers, B, L, kv, hd]."""
         b, length, d = x_bld.shape
 
-        def attend(_, q, k, v):
-            heads = (y.reshape(b, length, -1, self.cfg.head_dim) for y in (q, k, v))
-            return attention.causal(*heads, mask_bl, self.runtime.attention).reshape(b * length, -1)
+        def attend(_, heads_mjh):
+            q, k, v = self._split(heads_mjh.reshape(b, length, -1, self.cfg.head_dim))
+            return attention.causal(q, k, v, mask_bl, self.runtime.attention).reshape(b * length, -1)
 
-        x, k, v = self._run(x_bld.reshape(b * length, d), pos_3bl.reshape(3, -1), attend)
-        return x.reshape(b, length, d), KV(*(a.reshape(-1, b, length, *a.shape[2:]) for a in (k, v)))
+        def keep(rows):  # the last layer's keys and values are everybody's, the rest of it only the wanted rows
+            return rows if at_b is None else _pad_rows(rows_at(rows.reshape(b, length, -1), at_b))
+
+        x, k, v = self._run(x_bld.reshape(b * length, d), pos_3bl.reshape(3, -1), attend, 1.0, keep)
+        x = x.reshape(b, length, d) if at_b is None else x[:b]
+        return x, KV(*(a.reshape(-1, b, length, *a.shape[2:]) for a in (k, v)))
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
         """One token per (b, g): -> ([B, G, D], the cache with slot `index` written)."""
         b, g, d = x_bgd.shape
+        index = jnp.asarray(index, jnp.int32)
         fused = self._fused(prefix.k.shape[2])
         if fused:
             bias = hopper.key_bias(prefix_mask_bp, index, past.k.shape[4])
         else:
             prefix = jax.tree.map(lambda a: a.swapaxes(2, 3), prefix)
 
-        def attend(i, q, k, v):
-            q, k, v = (y[: b * g].reshape(b, g, -1, self.cfg.head_dim) for y in (q, k, v))
+        def attend(i, heads_mjh):
+            heads = heads_mjh[: b * g].reshape(b, g, -1, self.cfg.head_dim)
             if fused:
-                out = _fused_step(i, q, k, v, prefix, past, index, bias)
+                at, group = (jnp.full(1, i, jnp.int32), index.reshape(1)), self.cfg.num_heads // self.cfg.num_kv_heads
+                rows = hopper.step_rows(*self._split(heads))
+                parts = hopper.partial_attention(rows, prefix, past, *at, bias, heads=group, spread=SPREAD)
+                out = hopper.join(parts, g, group).astype(heads.dtype)
             else:
                 keys = (past.k[i], past.v[i], index, prefix.k[i], prefix.v[i], prefix_mask_bp)
-                out = attention.prefix_step(q, k, v, *keys)
+                out = attention.prefix_step(*self._split(heads), *keys)
             return _pad_rows(out.reshape(b * g, -1))
 
         x = _pad_rows(x_bgd.reshape(b * g, d))
         pos_3m = jnp.pad(pos_3bg.reshape(3, -1), ((0, 0), (0, len(x) - b * g)))
-        x, k, v = self._run(x, pos_3m, attend)
+        x, k, v = self._run(x, pos_3m, attend, self.cfg.head_dim**-0.5 if fused else 1.0)
         k, v = (a[:, : b * g].reshape(-1, b, g, *a.shape[2:]) for a in (k, v))
         return x[: b * g].reshape(b, g, d), cache.write(past, k, v, index)
 
-    def _run(self, x_md, pos_3m, attend):
-        """All layers over M rows, attend(layer, q, k, v) -> [M, n * h]; -> rows, keys, values [layers, M, kv, h]."""
+    def _split(self, heads):
+        """[..., n + 2 kv, h] -> queries, keys, values."""
+        n, kv = self.cfg.num_heads, self.cfg.num_kv_heads
+        return heads[..., :n, :], heads[..., n : n + kv, :], heads[..., n + kv :, :]
+
+    def _run(self, x_md, pos_3m, attend, query_scale: float, keep=lambda rows: rows):
+        """All layers over M rows; attend(layer, queries, keys and values [M, n + 2 kv, h]) -> [M, n * h].
+
+        `keep` chooses the rows that go on after the last attention. Returns normed rows [M, D], and keys and values
+        [layers, M, kv, h].
+        """
         c, dtype = self.cfg, self.runtime.dtype
-        x = x_md.astype(dtype)
-        cos, sin = rope.mrope_cos_sin(pos_3m, c.head_dim, c.rope_theta, c.mrope_section, dtype)
-        sizes = (c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim)
+        x, turn = x_md.astype(dtype), self._rotation(pos_3m, query_scale)
         layers, keys, values = self.tree["layers"], [], []
         for i, w in enumerate(layers):
             after = layers[i + 1]["qkv"] if i + 1 < len(layers) else self.tree["head"]
             y = project(_norm(x, w["norm1"], c.rms_norm_eps), w["qkv"], (w["o"], w["gate_up"]), AHEAD["qkv"])
-            y = (y + w["bias"].astype(jnp.float32)).astype(dtype)
-            q, k, v = (part.reshape(len(x), -1, c.head_dim) for part in jnp.split(y, sizes, axis=1))
-            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+            heads_mjh = turn((y + w["bias"].astype(y.dtype)).astype(dtype).reshape(len(x), -1, c.head_dim))
+            _, k, v = self._split(heads_mjh)
             keys.append(k), values.append(v)
-            x = x + project(attend(i, q, k, v), w["o"]).astype(dtype)
-            y = project(_norm(x, w["norm2"], c.rms_norm_eps), w["gate_up"], (w["down"],), AHEAD["gate_up"])
-            gate, up = jnp.split(y.astype(dtype), 2, axis=1)
-            x = x + project(jax.nn.silu(gate) * up, w["down"], (after,), AHEAD["down"]).astype(dtype)
+            mixed = attend(i, heads_mjh)
+            if i + 1 == len(layers):
+                x, mixed = keep(x), keep(mixed)
+            x = x + project(mixed, w["o"]).astype(dtype)
+            y = glu(_norm(x, w["norm2"], c.rms_norm_eps), w["gate_up"], (w["down"],), AHEAD["gate_up"])
+            x = x + project(y, w["down"], (after,), AHEAD["down"]).astype(dtype)
         return _norm(x, self.tree["norm"], c.rms_norm_eps), jnp.stack(keys), jnp.stack(values)
+
+    def _rotation(self, pos_3m, query_scale: float):
+        """A function that rotates queries and keys of [M, n + 2 kv, h] and scales queries: one elementwise kernel."""
+        c, dtype = self.cfg, self.runtime.dtype
+        half, n, kv = c.head_dim // 2, c.num_heads, c.num_kv_heads
+        tables = rope.mrope_cos_sin(pos_3m, c.head_dim, c.rope_theta, c.mrope_section, dtype)
+        cos, sin = (t.astype(jnp.float32)[:, None, None] for t in tables)
+        head = jnp.arange(n + 2 * kv)[:, None, None]
+        scale = jnp.where(head < n, query_scale, 1.0)
+        cos, sin = (jnp.where(head < n + kv, t, still) * scale for t, still in ((cos, 1.0), (sin, 0.0)))
+        sin = sin * jnp.array([-1.0, 1.0])[:, None]  # (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)
+
+        def turn(heads_mjh):
+            x = heads_mjh.reshape(*heads_mjh.shape[:2], 2, half).astype(jnp.float32)
+            return (x * cos + x[:, :, ::-1] * sin).reshape(heads_mjh.shape).astype(dtype)
+
+        return turn
+
+
+def rows_at(x_bld: jax.Array, at_b: jax.Array) -> jax.Array:
+    """x[b, at[b]]: [B, D]."""
+    return jnp.take_along_axis(x_bld, at_b[:, None, None], axis=1)[:, 0]
 
 
 def _pad_rows(x_md: jax.Array) -> jax.Array:
     """Rows up to a multiple of 8 (zeros): the tensor core's smallest side, and XLA is faster with 8 than with 1."""
     return jnp.pad(x_md, ((0, -len(x_md) % hopper.ROWS), (0, 0)))
-
-
-def _fused_step(layer: int, q_bgnh, k_bgkh, v_bgkh, prefix: KV, past: KV, index, bias_bs) -> jax.Array:
-    """`attention.prefix_step` by the streaming kernel: -> [b, g, n, h]."""
-    b, g, n, h = q_bgnh.shape
-    kv = k_bgkh.shape[2]
-    m = n // kv
-    wide = hopper.padded_heads(m)
-    q = (q_bgnh * h**-0.5).reshape(b, g, kv, m, h).transpose(0, 2, 1, 3, 4)
-    k, v = k_bgkh.swapaxes(1, 2), v_bgkh.swapaxes(1, 2)  # [b, kv, g, h]
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, wide - m), (0, 0)))
-    own = jnp.sum(q.astype(jnp.float32) * k[:, :, :, None].astype(jnp.float32), -1)
-    rows = jnp.pad(q.reshape(b, kv, g * wide, h), ((0, 0), (0, 0), (0, -g * wide % hopper.QUERIES), (0, 0)))
-    at = (jnp.full(1, layer, jnp.int32), jnp.asarray(index, jnp.int32).reshape(1))
-    parts = hopper.partial_attention(rows, prefix, past, *at, bias_bs, heads=wide, spread=SPREAD)
-    out = hopper.join(parts, own, v)[:, :, :, :m]
-    return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(b, g, n, h)

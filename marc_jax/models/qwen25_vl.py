@@ -244,9 +244,12 @@ class Qwen25VL(nnx.Module):
         rows = jnp.take_along_axis(vis_bnd.astype(x.dtype), jnp.maximum(vis_index_bl, 0)[..., None], axis=1)
         return jnp.where((vis_index_bl >= 0)[..., None], rows, x)
 
-    def prefill(self, x_bld, pos_3bl, mask_bl) -> tuple[jax.Array, KV]:
-        """Normed hidden states [B, L, D] and the cache [layers, B, L, kv, hd] of right-padded prompts."""
-        return self.text.prefill(x_bld, pos_3bl, mask_bl)
+    def prefill(self, x_bld, pos_3bl, mask_bl, at_b=None) -> tuple[jax.Array, KV]:
+        """Normed hidden states [B, L, D] and the cache [layers, B, L, kv, hd] of right-padded prompts.
+
+        With `at_b` (int [B]) only the hidden states [B, D] of those positions.
+        """
+        return self.text.prefill(x_bld, pos_3bl, mask_bl, at_b)
 
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         """Teacher-forced suffixes: each (b, g) sees its prompt's prefix and its own causal past. -> [B, G, R, D]."""

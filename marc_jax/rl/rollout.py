@@ -92,12 +92,27 @@ def rollout_keys(seed, step, sample_id_b: jax.Array, g: int) -> jax.Array:
 
 def prefill(model, vis_bnd: jax.Array | None, prompt: PromptBatch) -> Prefix:
     """Runs B prompts through the decoder once; gradients flow through it into the visual tokens."""
+    prompt = closed_up(prompt)
     x_bpd = model.embed(prompt.tokens_bp, vis_bnd, None if vis_bnd is None else prompt.vis_index_bp)
-    hidden_bpd, cache = model.prefill(x_bpd, prompt.pos_3bp, prompt.mask_bp)
-    # The last real token, not the number of them: a compressed view may leave visual slots empty (masked holes).
-    last_b = jnp.where(prompt.mask_bp, jnp.arange(prompt.mask_bp.shape[1]), 0).max(axis=1)
-    last_bd = jnp.take_along_axis(hidden_bpd, last_b[:, None, None], axis=1)[:, 0]
+    last_b = jnp.maximum(prompt.mask_bp.sum(axis=1) - 1, 0)
+    last_bd, cache = model.prefill(x_bpd, prompt.pos_3bp, prompt.mask_bp, last_b)
     return Prefix(last_bd, cache, prompt.mask_bp, prompt.next_pos_b)
+
+
+def closed_up(prompt: PromptBatch) -> PromptBatch:
+    """The prompts with masked holes moved to the end, order kept: a compressed view may leave visual slots empty.
+
+    Positions travel with their tokens, so nothing else changes; and causal attention needs no key mask any more.
+    """
+    order_bp = jnp.argsort(~prompt.mask_bp, axis=1, stable=True)
+
+    def move(a):
+        return jnp.take_along_axis(a, order_bp, axis=1)
+
+    return PromptBatch(
+        move(prompt.tokens_bp), move(prompt.mask_bp), jax.vmap(move)(prompt.pos_3bp), move(prompt.vis_index_bp),
+        prompt.next_pos_b,
+    )
 
 
 def filter_logits(logits_v: jax.Array, top_p: float = 1.0, top_k: int = 0) -> jax.Array:
@@ -119,13 +134,29 @@ def _draw(logits_bgv: jax.Array, keys_bg: jax.Array, t, how: Sampling) -> tuple[
     z = logits_bgv / how.score_temperature
     if how.banned_ids:
         z = z.at[..., jnp.asarray(how.banned_ids)].set(-jnp.inf)
+    highest_bg, mode_bg = _mode(z)
     if how.temperature == 0.0:
-        token_bg = z.argmax(axis=-1)
+        token_bg, chosen_bg = mode_bg, highest_bg
     else:
         keys_bg = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(keys_bg)
         token_bg = jax.vmap(jax.vmap(jax.random.categorical))(keys_bg, filter_logits(z, how.top_p, how.top_k))
-    logp_bg = jnp.take_along_axis(z, token_bg[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(z, axis=-1)
-    return token_bg.astype(jnp.int32), logp_bg
+        chosen_bg = jnp.take_along_axis(z, token_bg[..., None], axis=-1)[..., 0]
+    total_bg = _blocks(jnp.exp(z - highest_bg[..., None])).sum(-1).sum(-1)
+    return token_bg.astype(jnp.int32), chosen_bg - highest_bg - jnp.log(total_bg)
+
+
+def _blocks(z_v: jax.Array) -> jax.Array:
+    """[..., V] -> [..., V / 128, 128] where it divides: reduced in two steps, a vocabulary fills a GPU."""
+    return z_v.reshape(*z_v.shape[:-1], -1, 128 if z_v.shape[-1] % 128 == 0 else z_v.shape[-1])
+
+
+def _mode(z_v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(largest, its index; the first of equals) over the last axis."""
+    blocks = _blocks(z_v)
+    tops = blocks.max(-1)
+    block = tops.argmax(-1)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :].argmax(-1)
+    return tops.max(-1), block * blocks.shape[-1] + inside
 
 
 def decode(model, prefix: Prefix, keys_bg: jax.Array, how: Sampling) -> Completions:

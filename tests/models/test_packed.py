@@ -109,16 +109,26 @@ def test_streamed_product_equals_numpy(interpreter, monkeypatch, m, n, k):
     monkeypatch.setattr(hopper, "PROCESSORS", 4)  # more tiles than blocks: several per block
     x, w = draw(0, (m, k)), draw(1, (n, k))
     with interpreter:
-        out = f32(hopper.stream(x, w, (draw(2, (128, 512)),), (10**6,)))
+        out = f32(hopper.stream(x, w, (draw(2, (128, 512)),), ahead_bytes=(10**6,)))
     np.testing.assert_allclose(out.sum(0), f32(x) @ f32(w).T, atol=1e-3)
 
 
-STEPS = [(1, 3, 200, 152, 70, 2), (2, 1, 128, 128, 0, 1), (1, 9, 600, 136, 130, 2)]
+def test_streamed_glu_equals_numpy(interpreter, monkeypatch):
+    monkeypatch.setattr(hopper, "PROCESSORS", 2)
+    x, w = draw(0, (8, 512)), draw(1, (384, 512), scale=0.05)
+    with interpreter:
+        out = f32(hopper.stream(x, w, glu=True))
+    gate, up = np.split(f32(x) @ f32(w).T, 2, axis=1)
+    np.testing.assert_allclose(out, gate / (1 + np.exp(-gate)) * up, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("b, g, p, r, index, spread", STEPS)
-def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread):
-    kv, heads, layer = 2, 8, 1
+# b, g, p, r, index, spread, query heads per key head
+STEPS = [(1, 3, 200, 152, 70, 2, 8), (2, 1, 128, 128, 0, 1, 7), (1, 9, 600, 136, 130, 2, 8)]
+
+
+@pytest.mark.parametrize("b, g, p, r, index, spread, heads", STEPS)
+def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread, heads):
+    kv, layer = 2, 1
     q, k_new, v_new = draw(0, (b, kv, g, heads, 128), scale=0.2), draw(1, (b, kv, g, 128)), draw(2, (b, kv, g, 128))
     prefix = KV(draw(3, (2, b, p, kv, 128)), draw(4, (2, b, p, kv, 128)))
     own = KV(draw(5, (2, b, kv, g, r, 128)), draw(6, (2, b, kv, g, r, 128)))
@@ -134,14 +144,12 @@ def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     want = np.einsum("bkgms,bkgsh->bkgmh", weights / weights.sum(-1, keepdims=True), keys(prefix.v, own.v, v_new))
 
-    rows = jnp.pad(q.reshape(b, kv, g * heads, 128), ((0, 0), (0, 0), (0, -g * heads % 64), (0, 0)))
+    step = hopper.step_rows(*(a.swapaxes(1, 2).reshape(b, g, -1, 128) for a in (q, k_new, v_new)))
     bias = hopper.key_bias(jnp.asarray(mask), jnp.int32(index), r)
-    score = jnp.einsum("bkgmh,bkgh->bkgm", f32(q), f32(k_new))
+    at = (jnp.array([layer]), jnp.array([index]))
     with interpreter:
-        parts = hopper.partial_attention(
-            rows, prefix, own, jnp.array([layer]), jnp.array([index]), bias, heads=heads, spread=spread
-        )
-        out = f32(hopper.join(parts, score, v_new))
+        parts = hopper.partial_attention(step, prefix, own, *at, bias, heads=heads, spread=spread)
+        out = f32(hopper.join(parts, g, heads)).swapaxes(1, 2)
     np.testing.assert_allclose(out, want, atol=5e-3)
 
 

@@ -115,7 +115,7 @@ def prompt_of(cfg, case: Case):
     text = [np.tile(np.arange(count), (3, 1)) for count in (before, after)]
     pos = np.concatenate([text[0], rel + before, text[1] + before + extent], 1)
     index = np.concatenate([np.full(before, -1), np.arange(case.visual_tokens), np.full(after, -1)]).astype(np.int32)
-    tokens = np.where(index >= 0, cfg.video_token_id, np.random.default_rng(0).integers(0, 1000, len(index)))
+    tokens = np.where(index >= 0, cfg.video_token_id, np.random.default_rng(0).integers(7, 300, len(index)))
     one = Prompt(tokens.astype(np.int32), pos.astype(np.int32), index, before + extent + after)
     return jax.tree.map(jnp.asarray, pad_prompts([one] * case.batch, -(-len(tokens) // 64) * 64))
 
