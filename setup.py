@@ -21,6 +21,7 @@ BASE = [
     # Headless: the same cv2 without GUI libraries. 5.0 announces AV1 frames and returns none.
     "opencv-python-headless>=4.11,<5",
     "av>=16,<20",
+    "pillow>=10",
     "tokenizers>=0.22,<0.24",
     "safetensors>=0.7,<0.9",
     "tensorboardX>=2.6.4,<3",
@@ -38,8 +39,13 @@ EXTRAS = {
     # Beam holds protobuf, pyarrow and numpy back: give it an environment of its own, without the constraint files.
     "beam": ["apache-beam>=2.77"],
     "wandb": ["wandb>=0.19"],
+    # Texts beyond ASCII for PE-Core's tokenizer.
+    "clip": ["ftfy>=6.2,<7"],
     # Reference implementations for the conversion tests; never imported by a run.
-    "parity": ["torch>=2.10", "transformers>=5.5,<6"],
+    "parity": ["torch>=2.10", "torchvision", "transformers>=5.5,<6", "qwen-vl-utils==0.0.14"],
+    # PySceneDetect stands beside our segmenter in tools/bench/events.py. It brings opencv-python, whose cv2 overwrites
+    # the headless one: give it an environment of its own, without the constraint files.
+    "bench": ["scenedetect>=0.7"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
 }
 

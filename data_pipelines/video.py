@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo
 from data_pipelines.decoders import open_reader
+from data_pipelines.patches import VideoBudget, resize_frames
 
 __all__ = ["Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_frames", "read_image", "sample_indices"]
 
@@ -36,9 +37,16 @@ class Clip:
 
     @property
     def seconds_per_patch(self) -> float:
-        """Mean time between two temporal patches (pairs of frames) [s]; qwen-vl-utils' 2 / sample_fps."""
-        shown = self.index[-1] - self.index[0] + 1
-        return 2.0 * shown / self.info.fps / len(self.index)
+        """Time from one temporal patch (pair of frames) to the next [s], the model's second_per_grid_t.
+
+        qwen-vl-utils' 2 / sample_fps, from the number of frames passed over and the file's mean rate; where the
+        frames' own timestamps say otherwise by half a frame or more (variable rate), from the timestamps.
+        """
+        count, shown = len(self.index), int(self.index[-1] - self.index[0]) + 1
+        span = float(self.seconds[-1] - self.seconds[0]) + 1.0 / self.info.fps
+        if abs(span - shown / self.info.fps) < 0.5 / self.info.fps:
+            return 2.0 / (count / shown * self.info.fps)  # in the published order of operations: it is cut to ids
+        return 2.0 * span / count
 
 
 def _spread(low: int, high: int, n: int) -> np.ndarray:
@@ -116,7 +124,7 @@ def read_frames(
     start: float | None = None,
     end: float | None = None,
     backend: str = "auto",
-    resize: tuple[int, int] | Callable[[int, int], tuple[int, int]] | None = None,
+    resize: tuple[int, int] | Callable[[int, int], tuple[int, int]] | VideoBudget | None = None,
     limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
 ) -> Clip:
@@ -126,8 +134,9 @@ def read_frames(
       path: a regular file; only its content decides what it is.
       fps, max_frames, min_frames, num_frames, start, end: see `sample_indices`. `fps=None` reads every frame.
       backend: "auto" (PyAV), "pyav" or "opencv".
-      resize: (height, width), or a function from the upright (height, width) to it such as `patches.smart_resize`;
-        antialiased bicubic, done while decoding so that full-size frames are not all held at once.
+      resize: (height, width), a function from the upright (height, width) to it such as `patches.smart_resize`, or a
+        budget that also looks at the number of frames; antialiased bicubic, done while decoding so that full-size
+        frames are not all held at once.
       limits: sizes beyond which a file is refused.
       threads: decoding threads of one file; default 1 for small pictures, else FFmpeg's choice.
 
@@ -159,10 +168,13 @@ def read_frames(
 
 def _collect(reader, index, resize, limits) -> np.ndarray:
     height, width = reader.info.height, reader.info.width
-    if resize is not None:
-        from data_pipelines.patches import resize_frames
-
-        height, width = resize(height, width) if callable(resize) else resize
+    try:
+        if isinstance(resize, VideoBudget):
+            height, width = resize.size(height, width, len(index))
+        elif resize is not None:
+            height, width = resize(height, width) if callable(resize) else resize
+    except ValueError as error:
+        raise VideoError(reader.path, str(error)) from None
     if len(index) * height * width * 3 > limits.max_bytes:
         size = f"{len(index)} frames of {width}x{height}"
         raise VideoError(
@@ -182,7 +194,10 @@ def probe(path, *, backend: str = "auto", limits: Limits = DEFAULT_LIMITS) -> Vi
 
 
 def read_image(path, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
-    """A JPEG, PNG, WebP or BMP file as uint8 [H, W, 3] RGB, upright by its EXIF tag; VideoError if it is none."""
+    """A JPEG, PNG, WebP or BMP file as uint8 [H, W, 3] RGB, upright by its EXIF tag; VideoError if it is none.
+
+    What is transparent (a PNG or WebP of RGBA) becomes white, as in qwen-vl-utils, which ignores the EXIF tag.
+    """
     import cv2
 
     if not os.path.isfile(path):
@@ -200,4 +215,18 @@ def read_image(path, *, limits: Limits = DEFAULT_LIMITS) -> np.ndarray:
         raise VideoError(path, "damaged: the image cannot be decoded")
     if bgr.shape[0] * bgr.shape[1] > limits.max_pixels:
         raise VideoError(path, f"{bgr.shape[1]}x{bgr.shape[0]} pixels are over the limit of {limits.max_pixels}")
-    return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(_on_white(data, bgr), cv2.COLOR_BGR2RGB)
+
+
+def _on_white(data: bytes, bgr: np.ndarray) -> np.ndarray:
+    """The picture over white where the file has an alpha channel (no palette, no grey), rounded as Pillow pastes."""
+    import cv2
+
+    if not data.startswith(b"RIFF") and not (data.startswith(b"\x89PNG") and data[24:26] == b"\x08\x06"):
+        return bgr  # only WebP and PNG of 8 bits and colour type 6 are opened as RGBA
+    bgra = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if bgra is None or bgra.shape != (*bgr.shape[:2], 4):
+        return bgr
+    alpha = bgra[..., 3:].astype(np.uint16)
+    mixed = 255 * (255 - alpha) + bgra[..., :3] * alpha + 128
+    return (((mixed >> 8) + mixed) >> 8).astype(np.uint8)

@@ -17,6 +17,8 @@ flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stage
 flags.DEFINE_string("video", None, "Video file.")
 flags.DEFINE_string("question", None, "The question.")
 flags.DEFINE_string("memory", None, "Folder of a memory that holds the video.")
+flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
+flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
 flags.DEFINE_string("picture", "ask.png", "Where the picture goes; empty: none.")
 
@@ -60,7 +62,8 @@ def main() -> None:
     if stage not in here.config.stages:
         raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of this run")
     view = here.view(wanted.view or here.config[stage].get("view", "full"))
-    answer = single.ask(here, stage, view, path, clip, wanted.question, clock, memory=wanted.memory)
+    encoder, pool = run.chosen_encoder(here, wanted.encoder, wanted.pool)
+    answer = single.ask(here, stage, view, path, clip, wanted.question, clock, wanted.memory, encoder, pool)
 
     # ---------------------------------------------------------------- say it
     print(answer.text)

@@ -14,6 +14,7 @@ manifest. A hash finds damage; it is no signature. Directories are local or shar
 import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -28,11 +29,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from marc_jax import manifest
+from marc_jax import manifest, streamed
 from marc_jax.config import UserError
 from marc_jax.paths import unflatten
 
 _LARGEST_LIST = 5
+_FLOATS = ("float64", "float32", "bfloat16", "float16")
 _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
@@ -75,7 +77,7 @@ def save(
       directory: holds the steps; made if absent.
       step: its number; an existing step of this number is replaced.
       tree: any pytree of arrays; typed PRNG keys are welcome. Copied to the host before this returns, so the caller may
-        donate its buffers.
+        donate its buffers. `streamed.Streamed` leaves are read part by part while they are written.
       meta: JSON-serialisable; comes back from `restore`.
       keep: how many newest steps stay; None keeps all. Older ones go only after this one is committed.
       wait: with False the result is a `Pending`; wait for it before the next save and at the end.
@@ -95,7 +97,8 @@ def save(
             partial.mkdir()
             (partial / "meta.json").write_text(text, encoding="utf-8")
         _barrier(f"checkpoint_{step}_begin")
-        writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        lazy = [x for x in leaves.values() if isinstance(x, streamed.Streamed)]
+        writer = ocp.AsyncCheckpointer(streamed.handler() if lazy else ocp.PyTreeCheckpointHandler())
         nested = unflatten({path: _raw(x) for path, x in leaves.items()})
         writer.save(partial / "tree", args=ocp.args.PyTreeSave(nested))
 
@@ -104,6 +107,8 @@ def save(
             writer.wait_until_finished()
             writer.close()
             if jax.process_index() == 0:
+                if not all(x.complete for x in lazy):
+                    raise RuntimeError("Orbax did not write a streamed array chunk by chunk: unknown version")
                 manifest.write(partial, {"step": step, "leaves": shapes})
                 _commit(partial, final)
                 _forget(directory, keep)
@@ -117,8 +122,9 @@ def save(
 
 
 def restore(
-    directory, abstract: Any, step: int | None = None, *, verify: str = "full", partial: bool = False, config=None
-) -> tuple[Any, dict]:
+    directory, abstract: Any, step: int | None = None, *, verify: str = "full", partial: bool = False,
+    cast: bool = False, config=None,
+) -> tuple[Any, dict]:  # fmt: skip
     """Reads (tree, meta) of a step, placed as `abstract` says.
 
     Args:
@@ -128,6 +134,7 @@ def restore(
       step: None takes the newest step that verifies, and logs a warning for each newer one that does not.
       verify: "full" hashes every file, "size" compares sizes, "off" trusts the disk.
       partial: with True, arrays of the checkpoint that `abstract` lacks are left unread (e.g. {"params": ...} alone).
+      cast: with True, floating-point arrays of another precision are converted to that of `abstract` as they are read.
       config: this run's config as a nested dict; compared with meta["config"] when the arrays do not fit.
 
     Raises:
@@ -141,7 +148,7 @@ def restore(
         problem = check(directory, number, verify)
         if problem is None:
             try:
-                return _read(directory, number, abstract, partial, config)
+                return _read(directory, number, abstract, partial, cast, config)
             except CheckpointError:
                 raise
             except Exception as e:  # Orbax raises many kinds on damaged files.
@@ -188,16 +195,16 @@ def read_meta(directory, step: int) -> dict:
         raise CheckpointError(f"checkpoint {directory}, step {step}: meta.json: {e}") from None
 
 
-def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, config) -> tuple[Any, dict]:
+def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, cast: bool, config) -> tuple[Any, dict]:
     folder = directory / _name(step)
     meta, saved = read_meta(directory, step), manifest.read(folder)["leaves"]
     wanted = _leaves(abstract)
-    if problem := _mismatch(saved, wanted, partial):
+    if problem := _mismatch(saved, wanted, partial, cast):
         keys = _config_difference(meta.get("config"), config)
         raise CheckpointError(f"checkpoint {directory}, step {step}, does not fit: {problem}{keys}")
     items = {path: _target(x) for path, x in wanted.items()}
     args = {path: _restore_args(x) for path, x in items.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight_gb(items))) as reader:
         tree = reader.restore(
             folder / "tree",
             args=ocp.args.PyTreeRestore(unflatten(items), restore_args=unflatten(args), partial_restore=True),
@@ -205,6 +212,14 @@ def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, conf
     values = _leaves(tree)
     placed = [_placed(values[path], x) for path, x in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), placed), meta
+
+
+def _in_flight_gb(items: Mapping) -> int:
+    """How much Orbax may read at once: a few of the largest parts that one device takes, so that the host holds little
+    beyond the result (its default is 96 GB). Counted in 8-byte numbers: the saved ones may be wider than those wanted.
+    """
+    parts = [math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) for x in items.values()]
+    return 1 + int(2 * 8 * max(parts, default=0) / 1e9)
 
 
 def _target(x) -> jax.ShapeDtypeStruct:
@@ -239,7 +254,9 @@ def _dtype(x):
 
 
 def _raw(x):
-    return jax.random.key_data(x) if _is_key(x) else x if isinstance(x, jax.Array) else np.asarray(x)
+    if _is_key(x):
+        return jax.random.key_data(x)
+    return x if isinstance(x, jax.Array | streamed.Streamed) else np.asarray(x)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
@@ -251,8 +268,12 @@ def _leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _mismatch(saved: Mapping, wanted: Mapping, partial: bool) -> str | None:
+def _mismatch(saved: Mapping, wanted: Mapping, partial: bool, cast: bool) -> str | None:
     here = {path: [list(np.shape(x)), str(_dtype(x))] for path, x in wanted.items()}
+    if cast:
+        for path in here.keys() & saved.keys():
+            if saved[path][1] in _FLOATS and here[path][1] in _FLOATS:
+                here[path][1] = saved[path][1]
     different = [
         f"{path} is {_shape(saved[path])} in the checkpoint, {_shape(here[path])} in this run"
         for path in here

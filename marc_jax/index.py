@@ -2,6 +2,7 @@
 
     python -m marc_jax.index --checkpoint=runs/quickstart --memory=/data/memory VIDEO [VIDEO ...]
 
+Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER; ask with the same).
 A video that is already there, unchanged, is skipped; one that cannot be read is reported, and the others go on.
 """
 
@@ -15,6 +16,8 @@ from marc_jax import config as configs
 
 flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 flags.DEFINE_string("memory", None, "Folder of the memory; made if absent.")
+flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
+flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_list("videos", [], "Video files, separated by commas.")
 
 
@@ -27,7 +30,9 @@ def main() -> int:
     from marc_jax.memory import indexer, store
 
     here, _ = run.opened(flags.FLAGS.checkpoint)
-    worker = indexer.Indexer(here.cfg, here.parameters(here.config.eval.teacher), here.retriever, here.sampling)
+    encoder, pool = run.chosen_encoder(here, flags.FLAGS.encoder, flags.FLAGS.pool)
+    params = here.parameters(here.config.eval.teacher)
+    worker = indexer.Indexer(here.cfg, params, here.retriever, here.sampling, encoder=encoder, pool=pool)
     bad, begun, videos = 0, time.monotonic(), flags.FLAGS.videos
     with (
         store.MemoryWriter(flags.FLAGS.memory, worker.fingerprint) as writer,

@@ -17,15 +17,16 @@ from data_pipelines import loader
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, metrics, optim, sharding
+from marc_jax import checkpoint, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
-from marc_jax.memory import embed, indexer
+from marc_jax.memory import embed, encoders, indexer
 from marc_jax.memory.view import View, normalise
-from marc_jax.models import qwen25_vl, weights
+from marc_jax.models import qwen25_vl
+from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
-from marc_jax.tokenizer import Tokenizer
+from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
 TOWER_CHUNK = 1024
@@ -97,15 +98,19 @@ class Run:
         return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
 
     def parameters(self, source: str) -> dict:
-        """Model parameters (nested), sharded: "" random, a stage of this run, or a folder of published safetensors."""
-        if not source:
-            return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
-        folder, target = self.workdir / source / "checkpoints", qwen25_vl.abstract(self.cfg, mesh=self.mesh)
-        if (step := checkpoint.latest(folder)) is not None:
-            return load_parameters(target, folder, step)
-        if (Path(source) / "config.json").exists():
-            return weights.load(source, self.cfg, target)
-        raise ConfigError(f"init {source!r}: neither a finished stage in {self.workdir} nor a folder with config.json")
+        """Model parameters (nested), sharded.
+
+        Args:
+          source: a stage of this run; or a folder of published safetensors, or of a checkpoint (`marc_jax.pretrained`);
+            "" is config.init_from, and random where that is empty too.
+        """
+        target = qwen25_vl.abstract(self.cfg, mesh=self.mesh)
+        if source and (step := checkpoint.latest(folder := self.workdir / source / "checkpoints")) is not None:
+            return pretrained.load_parameters(target, folder, step)
+        source = source or self.config.get("init_from", "")
+        if source:
+            return pretrained.load(source, self.cfg, target)
+        return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
 
     def bank(self, kind: str, params: dict) -> jax.Array:
         """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
@@ -160,21 +165,21 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
-def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
-    """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again.
+def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
+    """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
 
-    Args:
-      abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
+    Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
     """
-    step = checkpoint.latest(folder) if step is None else step
-    if step is None:
-        raise checkpoint.CheckpointError(f"no checkpoint in {folder}")
-    flat = optim.flatten(abstract)
-    trained = set(checkpoint.read_meta(folder, step)["trainable"])
-    parts = {"params": {k: v for k, v in flat.items() if k in trained}}
-    parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
-    tree, _ = checkpoint.restore(folder, parts, step, partial=True)
-    return optim.join(tree["params"], tree["frozen"])
+    given = here.config.get("encoder") or {}
+    path, pool = path or given.get("path", ""), pool or given.get("pool", "mean")
+    if pool not in encoders.POOLS:
+        raise ConfigError(f"pool {pool!r}: choose one of {', '.join(encoders.POOLS)}")
+    if not path:
+        return None, pool
+    try:
+        return encoders.open_encoder(path, mesh=here.mesh), pool
+    except (WeightsError, TokenizerError) as e:
+        raise ConfigError(f"--encoder: {e}") from None
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -204,8 +209,18 @@ def data_folder(config, workdir: Path) -> Path:
     return Path(config.data.path) if config.data.path else workdir / "data"
 
 
+def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
+    """Raises, before anything is computed, where weights that a stage starts from cannot be read or are not `cfg`'s."""
+    sources = [config.init_from]
+    sources += [config[name].get(field, "") for name in config.stages for field in ("init", "teacher")]
+    for source in dict.fromkeys(sources):
+        if source and source not in config.stages:
+            pretrained.check(source, cfg)
+
+
 def prepare(config, workdir: Path) -> Run:
     """Builds the data if it is not there, and keeps its tokenizer with the run."""
+    check_sources(config)
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
     with metrics.Progress("data", sum(sizes.values())) as bar:
@@ -220,7 +235,9 @@ def prepare(config, workdir: Path) -> Run:
             questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
         )  # fmt: skip
     shutil.copyfile(folder / "tokenizer.json", workdir / "tokenizer.json")
-    return surroundings(config, workdir)
+    run = surroundings(config, workdir)
+    check_sources(config, run.cfg)
+    return run
 
 
 def surroundings(config, workdir: Path) -> Run:

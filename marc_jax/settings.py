@@ -11,15 +11,20 @@ from marc_jax.config import ConfigError
 
 SELECT = ("all", "retrieve", "random", "none")
 METHOD = ("keep", "merge", "per_event", "mean", "pooled")
+POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
+WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
 def base() -> ConfigDict:
     """Every key outside the open groups (views, stages, eval.arms), with its default.
 
+    `encoder.path`: folder of PE-Core or SigLIP 2 weights for index and ask; empty: the run's own retriever.
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
+    `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
+    ("": random).
     """
     return ConfigDict({
         "title": "MARC",
@@ -29,6 +34,7 @@ def base() -> ConfigDict:
         "save_every": 1000,
         "stages": ("",),
         "only": ("",),
+        "init_from": "",
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
@@ -38,6 +44,7 @@ def base() -> ConfigDict:
             "vision": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128},
             "text": {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128},
         },
+        "encoder": {"path": "", "pool": "mean"},
         "eval": {"batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher"},
     })  # fmt: skip
 
@@ -56,7 +63,7 @@ def stage(kind: str) -> ConfigDict:
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
     c = ConfigDict(common | {
         "sft": trained | {"questions": 1, "blind": 0.0},
-        "retriever": {"visual": "features"},
+        "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged,
         "cgrpo": trained | judged | {"alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2},
     }[kind])  # fmt: skip
@@ -118,6 +125,8 @@ def validate(config: ConfigDict) -> None:
         wrong.append(f"data.patches = {patches} must be (shortest, longest) event in temporal patches")
     if unknown := [name for name in config.only if name and name not in config.stages]:
         wrong.append(f"only names {unknown[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
+    if config.encoder.pool not in POOL:
+        wrong.append(f"encoder.pool = {config.encoder.pool!r}: choose one of {', '.join(POOL)}")
     if config.max_new_tokens < 1 or config.save_every < 1 or config.log_every < 1:
         wrong.append("max_new_tokens, save_every and log_every must be at least 1")
     for tower, sizes in (("vision", config.model.vision), ("text", config.model.text)):
@@ -127,6 +136,8 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
+    if config.init_from and not _holds_weights(config.init_from):
+        wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
     for name in config.stages:
         wrong += _stage_problems(config, name, done)
@@ -158,8 +169,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
 
     def known(field: str) -> None:
         source = c[field]
-        if source and source not in done and not (Path(source) / "config.json").exists():
-            wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor a folder with a config.json")
+        if source and source not in done and not _holds_weights(source):
+            wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor {WEIGHTS}")
 
     known("init")
     if c.steps < 1 or c.videos < 1:
@@ -169,6 +180,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     if c.visual not in VISUAL:
         wrong.append(f"{name}.visual = {c.visual!r}: choose one of {', '.join(VISUAL)}")
     if c.kind == "retriever":
+        if c.in_batch < 0:
+            wrong.append(f"{name}.in_batch = {c.in_batch} must not be negative")
         return wrong
     if c.view not in config.views:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
@@ -190,6 +203,14 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
+def _holds_weights(source: str) -> bool:
+    """Whether a folder looks like published weights, or has checkpoint steps; they are checked when the run begins."""
+    folder = Path(source)
+    return (folder / "config.json").exists() or any(
+        here.is_dir() and any(here.glob("step_*")) for here in (folder, folder / "checkpoints")
+    )
+
+
 def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     c, wrong = config.eval.arms[name], []
     if c.stage not in done:
@@ -209,8 +230,9 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     text = configs.to_json(config)
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
+        before = json.loads(configs.to_json(base())) | before  # keys that came after that run have their default
         for c in (before, now):
-            for name in ("log_every", "save_every", "eval", "title", "only"):
+            for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)
         if before != now:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))

@@ -99,7 +99,7 @@ def sft(run: Run, name: str, stage):
 
 
 def retriever(run: Run, name: str, stage):
-    """Softmax over the events of the question's own video; every needed event is a positive."""
+    """Softmax over the events of the question's own video, plus in-batch InfoNCE; every needed event is a positive."""
     model = run.parameters(stage.init)
     bank, sizes = run.bank("features", model), _sizes(run, stage)
     params = run.whole(optim.flatten(embed.init(jax.random.key(run.config.seed + 1), run.embed_sizes())))
@@ -113,7 +113,7 @@ def retriever(run: Run, name: str, stage):
                 params, bank[index.patch_bt], index.mask_bt, index.event_bt, sizes.events
             )
             query_bd = embed.embed_questions(params, *queries)
-            total, count, _ = embed.loss(params, query_bd, emb_bed, mask_be, needed_be)
+            total, count, _ = embed.loss(params, query_bd, emb_bed, mask_be, needed_be, in_batch=stage.in_batch)
             values = {"loss": (total, count)}
             for k in (1, 3):
                 found_b, share_b = embed.recall(*retrieve.topk_events(query_bd, emb_bed, mask_be, k), needed_be)

@@ -27,6 +27,8 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|imag
 class TokenizerError(ValueError):
     """A tokenizer that cannot be loaded or lacks a token; the message names the file and the reason."""
 
+    exit_code = 2
+
 
 def _read_json(path: pathlib.Path):
     try:

@@ -17,6 +17,7 @@ for name, value in flags.items():
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(os.environ.get("TMPDIR", "/tmp"), "hypothesis"))
 
+import cpu_torchvision  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
@@ -40,3 +41,30 @@ def test_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no real test files at {folder} (set MARC_JAX_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen_vl_utils():
+    """qwen-vl-utils' vision_process, reading videos through PyAV; the test is skipped where it is not installed."""
+    torch = pytest.importorskip("torch", reason="torch is the [parity] extra")
+    if not cpu_torchvision.load():
+        pytest.skip("torchvision is the [parity] extra")
+    module = pytest.importorskip("qwen_vl_utils.vision_process", reason="qwen-vl-utils is the [parity] extra")
+
+    def read(element):
+        import av
+
+        with av.open(element["video"]) as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        first, last, total = module.calculate_video_frame_range(element, len(frames), fps)
+        count = module.smart_nframes(element, total_frames=total, video_fps=fps)
+        index = torch.linspace(first, last, count).round().long().tolist()
+        video = torch.stack([torch.from_numpy(frames[i]).permute(2, 0, 1) for i in index])
+        metadata = {"fps": fps, "frames_indices": index, "total_num_frames": total, "video_backend": "pyav"}
+        return video, metadata, count / total * fps
+
+    module.VIDEO_READER_BACKENDS["pyav"] = read
+    module.get_video_reader_backend = lambda: "pyav"
+    return module

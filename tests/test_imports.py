@@ -9,7 +9,7 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths")
+FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths", "marc_jax.streamed")
 PURE = (
     "marc_jax.models.rope",
     "marc_jax.memory.retrieve",
@@ -34,9 +34,20 @@ ABOVE = {
         "marc_jax.rl.types",
         "data_pipelines.patches",
     ),
+    "marc_jax.memory.encoders": (
+        "data_pipelines.patches",
+        "marc_jax.checkpoint",
+        "marc_jax.clip_tokenizer",
+        "marc_jax.memory",
+        "marc_jax.models",
+        "marc_jax.sharding",
+    ),
+    "marc_jax.memory.shots": ("data_pipelines", "marc_jax.checkpoint", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.memory.indexer": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.batches": ("data_pipelines", "marc_jax.memory.view", "marc_jax.models.prompts", "marc_jax.rl.types"),
+    "marc_jax.messages": ("data_pipelines", "marc_jax.models.prompts"),
     "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state"),
+    "marc_jax.pretrained": ("marc_jax.checkpoint", "marc_jax.models", "marc_jax.tokenizer", *FOUNDATION),
     "marc_jax.run": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
@@ -119,7 +130,8 @@ def test_pure_maths_know_only_each_other(name):
 
 def test_the_foundation_imports_no_models_rl_or_data():
     names = modules(
-        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt paths".split())
+        *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt".split()),
+        *("marc_jax/paths", "marc_jax/streamed"),
     )
     allowed = (*FOUNDATION, "marc_jax.sharding")
     for module, path in names.items():

@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 
+import hypothesis
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 
 from marc_jax.models import prompts
 from marc_jax.tokenizer import Tokenizer, TokenizerError
@@ -58,6 +60,48 @@ def test_special_ids(qwen):
 
 def test_composed_and_decomposed_text_are_the_same(qwen):
     assert qwen.encode("caf\u0065\u0301") == qwen.encode("caf\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("text", "composed"),
+    [
+        ("\u212b", "\u00c5"),  # the sign of the angstrom
+        ("\u1112\u1161\u11ab", "\ud55c"),  # Hangul in letters
+        ("a\u0323\u0302", "\u1ead"),  # marks in either order
+        ("a\u0302\u0323", "\u1ead"),
+        ("\u2126 \u0958", "\u03a9 \u0915\u093c"),  # some are taken apart
+    ],
+)
+def test_text_is_normalised_by_nfc(qwen, text, composed):
+    assert qwen.encode(text) == qwen.encode(composed)
+    assert qwen.decode(qwen.encode(text)) == composed
+    assert qwen.encode("\ufb01") != qwen.encode("fi")  # a ligature is none of NFC's business
+
+
+def test_special_tokens_are_found_wherever_they_stand(qwen):
+    assert qwen.encode("a<|im_end|>b") == [64, 151645, 65]
+    assert qwen.encode("<|vision_start|><|video_pad|><|video_pad|><|vision_end|>") == [151652, 151656, 151656, 151653]
+    assert qwen.encode("x <|im_end|> y") == [*qwen.encode("x "), 151645, *qwen.encode(" y")]  # no space is eaten
+    assert all(i < 151643 for i in qwen.encode("<|im_end <|IM_END|> <think> </think>"))
+    assert qwen.encode("system") == [8948] and qwen.encode("assistant") == [77091]
+    assert qwen.decode([64, 151645, 65]) == "ab" and qwen.decode([64, 151645, 65], skip_special=False) == "a<|im_end|>b"
+
+
+PIECES = ["<|im_start|>", "<|im_end|>\n", "<|video_pad|>", "<tool_call>", "user\n", " it's", "e\u0301", "\u1112\u1161"]
+PIECES += ["12345", "\r\n\n", "  ", "\t", "\u00a0", "\u3000", "\U0001f468\u200d\U0001f469", "don\u2019T", "_x", "::"]
+
+
+def test_transformers_tokenizer_gives_the_same_ids(qwen, qwen_folder):
+    transformers = pytest.importorskip("transformers", reason="transformers is the [parity] extra")
+    theirs = transformers.AutoTokenizer.from_pretrained(qwen_folder)
+
+    @hypothesis.given(st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map("".join))
+    def same(text):
+        ids = qwen.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert qwen.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    same()
 
 
 def test_tokenizer_json_and_vocab_with_merges_agree(qwen, qwen_folder, tmp_path):

@@ -10,23 +10,17 @@ of the model it started from).
 import argparse
 import json
 import pathlib
-import shutil
 import sys
-import tempfile
 
-import ml_dtypes
 import numpy as np
 
 from marc_jax.models import qwen25_vl, weights
 from marc_jax.models.qwen25_vl import Config, ConfigError, config_from_hf
 from marc_jax.models.safetensors_io import WeightsError, write_folder
 from marc_jax.paths import flatten
-
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json vocab.json merges.txt chat_template.json chat_template.jinja "
-    "preprocessor_config.json video_preprocessor_config.json generation_config.json"
-).split()
+from tools import scratch
+from tools.convert_weights import copy_tokenizer
+from tools.streaming import DTYPES
 
 
 def export(cfg: Config, params: dict, out: pathlib.Path, dtype: str, tokenizer=None, shard_bytes=5 * 10**9) -> None:
@@ -38,24 +32,13 @@ def export(cfg: Config, params: dict, out: pathlib.Path, dtype: str, tokenizer=N
     Raises:
       WeightsError: `out` is there already, or params are not this model's.
     """
-    if out.exists() and any(out.iterdir()):
-        raise WeightsError(f"{out}: exists and is not empty")
     check(cfg, params)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        (scratch / "config.json").write_text(json.dumps(weights.hf_config(cfg, dtype), indent=2))
+    with scratch.whole(out) as folder:
+        (folder / "config.json").write_text(json.dumps(weights.hf_config(cfg, dtype), indent=2))
         rows = [(name, DTYPES[dtype], shape) for name, shape in weights.published_shapes(cfg).items()]
-        write_folder(scratch, rows, weights.published(cfg, params, DTYPES[dtype]), shard_bytes)
-        for name in TOKENIZER_FILES if tokenizer else ():
-            if (pathlib.Path(tokenizer) / name).exists():
-                shutil.copy(pathlib.Path(tokenizer) / name, scratch / name)
-        scratch.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        write_folder(folder, rows, weights.published(cfg, params, DTYPES[dtype]), shard_bytes)
+        if tokenizer:
+            copy_tokenizer(pathlib.Path(tokenizer), folder)
 
 
 def check(cfg: Config, params: dict) -> None:
@@ -75,10 +58,10 @@ def main(argv=None) -> int:
     parser.add_argument("--config", default=None, help="folder or config.json of the model, if the checkpoint has none")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write (new or empty)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    parser.add_argument("--tokenizer", default=None, help="folder whose tokenizer files are copied along")
+    parser.add_argument("--tokenizer", default=None, help="folder of tokenizer files; default: the checkpoint's")
     args = parser.parse_args(argv)
     from marc_jax import checkpoint
-    from marc_jax.run import load_parameters
+    from marc_jax.pretrained import load_parameters
 
     try:
         step = checkpoint.latest(args.checkpoint) if args.step is None else args.step
@@ -93,7 +76,7 @@ def main(argv=None) -> int:
         else:
             abstract = {"params": qwen25_vl.abstract(cfg, DTYPES[meta.get("dtype", "float32")])}
             params = checkpoint.restore(args.checkpoint, abstract, step, partial=True)[0]["params"]
-        export(cfg, params, args.out, args.dtype, args.tokenizer)
+        export(cfg, params, args.out, args.dtype, args.tokenizer or args.checkpoint)
     except (ConfigError, WeightsError, checkpoint.CheckpointError, OSError) as e:
         print(f"export_weights: {e}", file=sys.stderr)
         return 2

@@ -156,10 +156,14 @@ def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, v
     )  # fmt: skip
 
 
-def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View) -> dict:
-    """Retrieved events with similarities, merge weights and the patches they refer to, of one question."""
+def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View, query=None) -> dict:
+    """Retrieved events with similarities, merge weights and the patches they refer to, of one question.
+
+    `query`: its embedding [1, D]; default by the run's own retriever.
+    """
     index = run.take(test.videos, np.array([i])).index(test.sizes)
-    query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
+    if query is None:
+        query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
     picked = views.select(view, index, query, np.asarray(test.bank[visual]), test.sizes.event, jax.random.key(0))
     ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query))
     scores = np.asarray(index.emb_bed[0] @ np.asarray(query)[0])

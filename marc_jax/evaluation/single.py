@@ -11,7 +11,7 @@ from data_pipelines import patches, video
 from marc_jax.batches import Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import experiment, pictures, run
-from marc_jax.memory import embed, indexer, store
+from marc_jax.memory import embed, encoders, indexer, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
@@ -30,24 +30,26 @@ class Answer:
 
 
 def ask(
-    here: Run, stage: str, view: views.View, path: Path, clip: video.Clip, question: str, clock, memory=None
-) -> Answer:
+    here: Run, stage: str, view: views.View, path: Path, clip: video.Clip, question: str, clock, memory=None,
+    encoder: encoders.Encoder | None = None, pool: str = "mean",
+) -> Answer:  # fmt: skip
     """Answers with the parameters of `stage`. `clock` takes the time of every part.
+
+    Events are retrieved by the run's own retriever, or by `encoder`; `pool` as in `encoders.pool_frames`.
 
     Raises StaleMemory (exit code 2) where the memory was made by other weights or from another file.
     """
     params = here.parameters(stage)
     base = here.parameters(here.config.eval.teacher)
-    worker = indexer.Indexer(here.cfg, base, here.retriever, here.sampling)
+    worker = indexer.Indexer(here.cfg, base, here.retriever, here.sampling, encoder=encoder, pool=pool)
     entry = _entry(worker, clip, path, clock, memory)
+    query = clock.twice("retrieve", _asked(here, encoder, question))
+    nearest = encoders.nearest_frames(entry.event_embeddings, np.asarray(query[0]))
+    entry = dataclasses.replace(entry, event_embeddings=nearest)
     test = _one_video(here, entry, clip, path, question)
     visual = here.config[stage].get("visual", "features")
     bank = jnp.asarray(test.bank[visual])
     index = test.videos.index(test.sizes)
-    tokens_bl = here.prompter.queries([question], here.sizes.question)
-
-    retrieve = jax.jit(lambda p, q: embed.embed_questions(p, *q))
-    query = clock.twice("retrieve", lambda: retrieve(here.retriever, tokens_bl))
     picked = views.select(view, index, query, bank, test.sizes.event, jax.random.key(0))
 
     kept = view.kept(test.sizes.patches, test.sizes.event)
@@ -63,16 +65,26 @@ def ask(
     done = clock.twice("decode, all tokens", lambda: say(params, prefix, keys))
     said = np.asarray(done.tokens_bgr)[0, 0][np.asarray(done.mask_bgr)[0, 0]]
     clock.parts["decode per token"] = clock.parts["decode, all tokens"] / max(len(said), 1)
-    looked = experiment.look(here, test, 0, params, visual, view)
+    looked = experiment.look(here, test, 0, params, visual, view, query)
     used = int(run.visual_tokens(here, view, index)[0])
     everything = len(entry.tokens) * here.prompter.tokens_per_patch
     return Answer(here.tokenizer.decode(said.tolist()), entry, looked, used, everything)
 
 
+def _asked(here: Run, encoder: encoders.Encoder | None, question: str):
+    """A function that embeds the question, [1, D]."""
+    if encoder is not None:
+        return lambda: encoder.embed_texts([question])
+    tokens_bl = here.prompter.queries([question], here.sizes.question)
+    retrieve = jax.jit(lambda p, q: embed.embed_questions(p, *q))
+    return lambda: retrieve(here.retriever, tokens_bl)
+
+
 def _entry(worker: indexer.Indexer, clip, path: Path, clock, memory) -> store.MemoryEntry:
     if memory is None:
         sha256 = store.file_sha256(path)
-        return clock.twice("index (vision, events)", lambda: worker.entry(clip, sha256))
+        full = None if worker.encoder is None else worker.sampling.read_full(path).frames
+        return clock.twice("index (vision, events)", lambda: worker.entry(clip, sha256, full=full))
     key, reader = str(path.resolve()), store.MemoryReader(memory, worker.fingerprint)
     if key not in reader:
         raise ConfigError(f"{memory} does not hold {path}; add it with python -m marc_jax.index")

@@ -7,14 +7,15 @@ energy in two directions. The difference of two frames is
     A = mean over cells of min(|colour change|, 32) / 32   (saturates: a small bright object cannot look like a cut)
     B = mean histogram distance, C = change of edge energy (both blind to motion inside the frame)
 
-Three kinds of border are found. A cut is a single difference that stands out from its two neighbours and from the
-recent level. A dissolve is a run of similar differences whose frames are mixtures of the run's two ends (a pan or a
-fast motion is not a mixture). A fade passes through a blank frame. A long take is also split where it has drifted
-away from its own beginning. The level is a low quantile of recent differences, so it follows the camera's unrest and
-is not raised by the borders themselves.
+Four kinds of border are found. A cut is a single difference that stands out from all others within a tenth of a second
+and from the recent level, and that lasts (a flash does not). A dissolve is a run of similar differences whose frames
+are mixtures of the run's two ends (a pan or a fast motion is not a mixture). A fade passes through a blank frame. A
+long take that has drifted away from its own beginning is split at its change point: where two means, one before and
+one after, explain the last seconds best. The level is a low quantile of recent differences, so it follows the camera's
+unrest and is not raised by the borders themselves.
 
-The segmenter is causal with a short delay; `segment` is its replay, so both give the same borders. It is the default
-where no TransNetV2 weights are given. numpy and OpenCV only.
+The segmenter is causal with a bounded delay; `segment` is its replay, so both give the same borders. It is the default
+where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has the measurements behind its choices.
 """
 
 import collections
@@ -24,6 +25,7 @@ import cv2
 import numpy as np
 
 GRID, SIDE, BINS = 16, 64, 8
+FINGERPRINT = "events 2"  # raised whenever borders change: memories made before are then stale
 DUPLICATE = 0.01  # S of a frame shown twice, or of a still scene: says nothing about the camera's unrest
 
 
@@ -33,16 +35,20 @@ class Options:
 
     Attributes:
       cut: least S of a cut, in a quiet video.
-      peak: a cut exceeds its neighbours by this factor.
+      peak: a cut exceeds this many times the largest step within `near_seconds`, and `above` more.
+      lasts: share of a cut's step that must still be there after `near_seconds`.
       blend: least S between the ends of a dissolve; twice that if it is shorter than `blend_seconds`.
       residual: largest part of a frame inside a dissolve that a mixture of its ends does not explain.
       blank: a frame all of whose cells are within this many levels of black or of white is blank.
-      drift: S (without A) from the event's beginning that splits a long take, after `drift_seconds` of it.
+      drift: S (without A) from the event's first second that splits a long take, at most once in `drift_seconds`.
       min_len, max_len: shortest and longest event; None: no longest.
     """
 
     cut: float = 0.5
     peak: float = 1.5
+    above: float = 0.3
+    lasts: float = 0.7
+    near_seconds: float = 0.1
     blend: float = 0.85
     blend_seconds: float = 0.25
     residual: float = 0.05
@@ -65,6 +71,11 @@ class Descriptor:
     cells: np.ndarray  # float32 [256, 3], levels
     histogram: np.ndarray  # float32 [4, 24], each channel's part sums to 1
     edges: np.ndarray  # float32 [2], 0..1
+
+    @property
+    def content(self) -> np.ndarray:
+        """float32 [98]; L1 distances of it are S without A: blind to motion."""
+        return np.concatenate([self.histogram.ravel() / 12, 2 * self.edges])
 
     @property
     def contrast(self) -> float:
@@ -91,25 +102,28 @@ def describe(frame: np.ndarray) -> Descriptor:
     return Descriptor(cells, histogram, np.array(edges, np.float32))
 
 
-def difference(a: Descriptor, b: Descriptor, *, layout: bool = True) -> float:
-    """S between two frames; without the layout term A if `layout` is False."""
-    moved = np.minimum(np.abs(a.cells - b.cells).mean(axis=1), 32).mean() / 32 if layout else 0.0
-    colour = np.abs(a.histogram - b.histogram).sum() / 24
-    return float(moved + 2 * colour + 2 * np.abs(a.edges - b.edges).sum())
+def difference(a: Descriptor, b: Descriptor) -> float:
+    """S between two frames."""
+    moved = np.minimum(np.abs(a.cells - b.cells).mean(axis=1), 32).mean() / 32
+    return float(moved + np.abs(a.content - b.content).sum())
 
 
 class Segmenter:
     """Online segmentation: `push` one frame at a time; state and delay are bounded.
 
-    Borders are frame indices, the first frame of each new event, in increasing order. A border is reported at most
-    `longest_blend` frames after it happened (a fade: when the blank has ended) and never taken back.
+    Borders are frame indices, the first frame of each new event, in increasing order, never taken back. They are
+    reported with a delay: a cut after a tenth of a second, a dissolve after at most `longest_blend` frames, a fade when
+    the blank has ended, the change point of a drifting take after at most `drift_seconds`. What the last moments of a
+    stream would still have confirmed is not reported.
     """
 
     def __init__(self, fps: float, options: Options | None = None):
         self.options = options or Options()
+        self.near = max(1, round(self.options.near_seconds * fps))
         self.drift_frames = max(1, round(self.options.drift_seconds * fps))
+        self.second = max(1, round(fps))
         self.blend_frames = round(self.options.blend_seconds * fps)
-        size = self.options.longest_blend + 2
+        size = max(self.options.longest_blend, 2 * self.near) + 2
         self.now = -1  # index of the latest frame
         self.start = 0  # first frame of the open event
         # Differences, for the level; it starts from a belief, as a clip may begin with three short events.
@@ -117,8 +131,13 @@ class Segmenter:
         self.frames = collections.deque(maxlen=size)  # latest descriptors
         self.steps = collections.deque(maxlen=size)  # difference of each to the one before it
         self.drifted = 0  # how many latest frames are far from the event's beginning
+        self.last_drift = 0  # when a take was last found to have drifted
         self.blank_from = None
-        self.first = None  # descriptor of the event's first frame
+        self.beginning = None  # mean content of the event's first second
+        self.rested = {}  # border of the latest drift: content where it came to rest
+        # Content of the last `drift_seconds`, thinned to at most 128 frames: (index, content).
+        self.stride = max(1, self.drift_frames // 64)
+        self.past = collections.deque(maxlen=self.drift_frames // self.stride + 1)
 
     def push(self, frame: np.ndarray) -> list[int]:
         """Takes the next frame, uint8 RGB [H, W, 3]; returns the borders it confirms."""
@@ -129,9 +148,10 @@ class Segmenter:
         self.frames.append(seen)
         self.steps.append(step)
         self.now += 1
-        self.first = self.first or seen
+        if self.now % self.stride == 0:
+            self.past.append((self.now, seen.content))
         level = float(np.quantile(self.recent, 0.3))
-        candidates = (self._fade(seen), self._cut(step, level), self._dissolve(step), self._drift(seen))
+        candidates = (self._fade(seen), self._cut(level), self._dissolve(step), self._drift(seen))
         found = []
         for border in sorted({c for c in candidates if c is not None}):
             self._accept(border, found)
@@ -150,8 +170,7 @@ class Segmenter:
 
     def _open(self, border: int, found: list[int]):
         found.append(border)
-        self.start, self.drifted = border, 0
-        self.first = self.frames[max(len(self.frames) - 1 - (self.now - border), 0)]
+        self.start, self.drifted, self.beginning = border, 0, self.rested.get(border)
 
     def _fade(self, seen: Descriptor) -> int | None:
         """The middle of a run of blank frames, once it has ended."""
@@ -161,13 +180,18 @@ class Segmenter:
         begun, self.blank_from = self.blank_from, None
         return (begun + self.now) // 2 if begun else None
 
-    def _cut(self, step: float, level: float) -> int | None:
-        """The frame before this one, if its step towers over both neighbours."""
-        if len(self.steps) < 2 or self.now < 2:
+    def _cut(self, level: float) -> int | None:
+        """The frame `near` frames ago, if its step towers over all within `near` frames and has lasted."""
+        near = self.near
+        if self.now < near + 1:
             return None
-        before, it = (self.steps[-3] if self.now > 2 else 0.0), self.steps[-2]
-        tall = it > max(self.options.cut, 2 * level) and it > self.options.peak * max(before, step)
-        return self.now - 1 if tall else None
+        steps = list(self.steps)[-2 * near - 1 :]
+        at = len(steps) - 1 - near
+        it, others = steps[at], max(steps[:at] + steps[at + 1 :])
+        if it <= max(self.options.cut, 2 * level, self.options.peak * others + self.options.above):
+            return None
+        lasting = difference(self.frames[-near - 2], self.frames[-1]) >= self.options.lasts * it
+        return self.now - near if lasting else None
 
     def _dissolve(self, step: float) -> int | None:
         """The first frame that is more new than old, when a run of similar steps has just ended as a mixture.
@@ -193,11 +217,36 @@ class Segmenter:
         return self.now - 1 - length + 1 + int(np.argmax(np.append(share, 1.0) >= 0.5))
 
     def _drift(self, seen: Descriptor) -> int | None:
-        if self.now - self.start < self.drift_frames:
+        """The change point of a take far from its beginning, once the change has come to rest (or after 2 s)."""
+        if self.beginning is None and self.now - self.start >= self.second:
+            self.beginning = self._mean_content(self.start, self.start + self.second)
+        if self.now - max(self.start, self.last_drift) < self.drift_frames:
             return None
-        far = difference(self.first, seen, layout=False) > self.options.drift
+        far = np.abs(self.beginning - seen.content).sum() > self.options.drift
         self.drifted = self.drifted + 1 if far else 0
-        return self.now if self.drifted >= 3 else None
+        lately = self._mean_content(self.now - self.second // 2, self.now)
+        rests = np.abs(lately - seen.content).sum() < self.options.drift / 4
+        if self.drifted < 3 or not (rests or self.drifted >= 2 * self.second):
+            return None
+        kept = [(i, content) for i, content in self.past if i >= self.start]
+        border = kept[change_point(np.stack([content for _, content in kept]))][0]
+        self.last_drift = self.now
+        # Not the first second of the new event, which may still belong to the change.
+        self.rested = {border: self._mean_content(max(border, self.now - self.second), self.now)}
+        return border
+
+    def _mean_content(self, first: int, last: int) -> np.ndarray:
+        """Mean content of the remembered frames first..last; of the one nearest to `first` if there is none."""
+        near = [content for i, content in self.past if first <= i <= last]
+        return np.mean(near or [min(self.past, key=lambda entry: abs(entry[0] - first))[1]], axis=0)
+
+
+def change_point(content_nd: np.ndarray) -> int:
+    """The split k, 1 <= k < n, of a sequence that leaves the least scatter around the means of [:k] and [k:]."""
+    n = len(content_nd)
+    left = np.cumsum(content_nd - content_nd.mean(axis=0), axis=0)[:-1]  # centred, so the right part sums to -left
+    k = np.arange(1, n)
+    return 1 + int(np.argmax(np.sum(left**2, axis=1) * (1 / k + 1 / (n - k))))
 
 
 def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np.ndarray, float]:

@@ -1,16 +1,18 @@
 """Index once: a video file becomes a memory entry that answers any number of questions.
 
 decode -> events -> vision tower -> event embeddings. `marc_jax.index`, the evaluation and `marc_jax.ask` share this.
+The embeddings are those of the run's own retriever, or of any other encoder (`memory.encoders`).
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import patches, video
 from marc_jax.memory import embed, events, store
+from marc_jax.memory.encoders import Encoder, pool_frames
+from marc_jax.memory.shots import Shots
 from marc_jax.memory.view import normalise
 from marc_jax.models import qwen25_vl
 
@@ -32,6 +34,14 @@ class Sampling:
         """Raises VideoError naming the file and the reason."""
         return video.read_frames(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
 
+    def read_full(self, path) -> video.Clip:
+        """The same frames in the file's own size, for an encoder with its own preprocessing."""
+        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames)
+
+    def shrink(self, clip: video.Clip) -> video.Clip:
+        """`read` from `read_full`."""
+        return dataclasses.replace(clip, frames=patches.resize_frames(clip.frames, self.size, self.size))
+
 
 def tower_sha256(params: dict) -> str:
     """Hash of what makes tower features: the vision tower's parameters without the merger."""
@@ -44,12 +54,23 @@ class Indexer:
 
     CHUNK = 16
 
-    def __init__(self, cfg, params: dict, retriever: dict, sampling: Sampling):
+    def __init__(
+        self, cfg, params: dict, retriever: dict, sampling: Sampling, *, encoder: Encoder | None = None,
+        pool: str = "mean", shots: Shots | None = None,
+    ):  # fmt: skip
+        """Args:
+        encoder: embeds events in place of `retriever`, from frames of the file's own size.
+        pool: how an event's frames become its embedding, see `encoders.pool_frames`.
+        shots: divides files by TransNetV2; default `memory.events` on the sampled frames.
+        """
         self.sampling, self.params, self.retriever = sampling, params, retriever
+        self.encoder, self.pool, self.shots = encoder, pool, shots
         self.fingerprint = store.fingerprint(
             tower=tower_sha256(params),
-            retriever=store.tree_sha256(jax.device_get(retriever)),
+            retriever=encoder.fingerprint if encoder else store.tree_sha256(jax.device_get(retriever)),
             preprocessing=dataclasses.asdict(sampling),
+            segmenter=shots.fingerprint if shots else events.FINGERPRINT,
+            pool=pool,
         )
 
         @jax.jit
@@ -69,12 +90,22 @@ class Indexer:
             parts.append([np.asarray(x)[: len(part)] for x in self._run(self.params, self.retriever, padded)])
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
-    def entry(self, clip: video.Clip, sha256: str) -> store.MemoryEntry:
-        """The memory of one decoded clip. Event embedding: mean of its patches' unit vectors, renormalised."""
+    def entry(
+        self, clip: video.Clip, sha256: str, *, spans: list | None = None, full: np.ndarray | None = None
+    ) -> store.MemoryEntry:
+        """The memory of one decoded clip.
+
+        Args:
+          spans: its events in temporal patches; default those that `memory.events` finds.
+          full: the clip's frames in the file's own size, for the encoder; default those of the clip.
+        """
         features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
-        spans = events.segment(clip.frames, self.sampling.fps)
-        mean_ed = np.stack([emb_td[a:b].mean(0) for a, b in spans])
-        emb_ed = np.asarray(embed.unit(jnp.asarray(mean_ed)))
+        spans = events.segment(clip.frames, self.sampling.fps) if spans is None else spans
+        rows = spans
+        if self.encoder is not None:
+            emb_td = self.encoder.embed_frames(clip.frames if full is None else full)
+            rows = [(patches.TEMPORAL * a, patches.TEMPORAL * b) for a, b in spans]
+        emb = pool_frames(emb_td, rows, self.pool)
         seconds = np.asarray(clip.seconds, np.float64)[::2]
         step = seconds[1] - seconds[0] if len(seconds) > 1 else 1.0
         ends = np.append(seconds, seconds[-1] + step)
@@ -83,11 +114,17 @@ class Indexer:
             seconds=seconds,
             event_spans=np.asarray(spans, np.int32),
             event_seconds=np.array([[ends[a], ends[b]] for a, b in spans]),
-            event_embeddings=emb_ed,
+            event_embeddings=emb,
             tokens=features,
             grid=self.sampling.grid_hw,
         )
 
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
-        return self.entry(self.sampling.read(path), store.file_sha256(path))
+        if self.encoder is None:
+            clip, full = self.sampling.read(path), None
+        else:
+            whole = self.sampling.read_full(path)
+            clip, full = self.sampling.shrink(whole), whole.frames
+        spans = self.shots.spans(path, clip.seconds[::2]) if self.shots else None
+        return self.entry(clip, store.file_sha256(path), spans=spans, full=full)

@@ -39,6 +39,8 @@ SUFFIX = ".arrayrecord"
 class StoreError(Exception):
     """A memory that cannot be read or written: `<path>: <reason>`."""
 
+    exit_code = 2  # the user's to mend: one line, no traceback (`config.run_main`)
+
     def __init__(self, path, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = str(path), reason

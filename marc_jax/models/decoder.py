@@ -19,7 +19,8 @@ from marc_jax.models.packed import Packed, rows_at
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the decoder; `mrope_section` sums to head_dim / 2."""
+    """Sizes of the decoder; `mrope_section` sums to head_dim / 2, a prompt and its answer stay within
+    `max_position_embeddings` tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -32,6 +33,7 @@ class TextConfig:
     mrope_section: tuple[int, ...] = (16, 24, 24)
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    max_position_embeddings: int = 128000
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

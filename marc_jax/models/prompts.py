@@ -1,11 +1,15 @@
-"""From a question and its visuals to tokens, visual indices and M-RoPE position ids (numpy only)."""
+"""From chat messages and their visuals to tokens, visual indices and M-RoPE position ids (numpy only)."""
 
 import dataclasses
 
 import numpy as np
 
 PADS = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
+NAMES = {"video": "Video", "image": "Picture"}
 SYSTEM = "You are a helpful assistant."
+# Video-R1 trains without telling the model the frame rate: every video gets this second_per_grid. With a video's true
+# value (the default) its ids are right in time; with this one they are those that Video-R1's checkpoints know.
+VIDEO_R1_SECOND_PER_GRID = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +55,54 @@ class Prompt:
 
 
 def render(question: str, visuals=(), system: str | None = SYSTEM) -> str:
-    """The published chat template as text, one pad token per visual, ending where the assistant begins."""
-    head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    vision = "".join(f"<|vision_start|>{PADS[v.kind]}<|vision_end|>" for v in visuals)
-    return f"{head}<|im_start|>user\n{vision}{question}<|im_end|>\n<|im_start|>assistant\n"
+    """One user turn, its visuals before the question, in the published chat template; see `render_messages`."""
+    content = [*({"type": v.kind} for v in visuals), {"type": "text", "text": question}]
+    return render_messages([{"role": "user", "content": content}], system=system)
+
+
+def part_kind(part: dict) -> str:
+    """What the published template takes a part of a message's content for: "image", "video" or "text"."""
+    if part.get("type") == "image" or "image" in part or "image_url" in part:
+        return "image"
+    if part.get("type") == "video" or "video" in part:
+        return "video"
+    if "text" in part:
+        return "text"
+    raise ValueError(f"a part of a message holds no text, image or video: {sorted(part)}")
+
+
+def render_messages(
+    messages, *, system: str | None = SYSTEM, add_vision_id: bool = False, add_generation_prompt: bool = True
+) -> str:
+    """The published chat template as text, with one pad token per visual.
+
+    Args:
+      messages: dicts of "role" and "content": a string, or a list of {"type": "text", "text": ...} and visuals.
+      system: the system turn of a conversation that does not begin with one; None or "" gives it none (the published
+        template always has one).
+      add_vision_id: "Picture 1: ", "Video 1: " before each visual, counted over the conversation.
+      add_generation_prompt: end where the assistant begins to speak.
+
+    Raises:
+      ValueError: no messages, or a part that is neither text nor visual.
+    """
+    if not messages:
+        raise ValueError("a conversation needs at least one message")
+    count, turns = {"video": 0, "image": 0}, []
+    if system and messages[0]["role"] != "system":
+        turns.append(f"<|im_start|>system\n{system}<|im_end|>\n")
+    for message in messages:
+        content, text = message["content"], ""
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            kind = part_kind(part)
+            if kind == "text":
+                text += part["text"]
+                continue
+            count[kind] += 1
+            name = f"{NAMES[kind]} {count[kind]}: " if add_vision_id else ""
+            text += f"{name}<|vision_start|>{PADS[kind]}<|vision_end|>"
+        turns.append(f"<|im_start|>{message['role']}\n{text}<|im_end|>\n")
+    return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
 def visual_positions(visual: Visual, rule: str, tokens_per_second: float) -> tuple[np.ndarray, int]:
@@ -84,31 +132,80 @@ def visual_positions(visual: Visual, rule: str, tokens_per_second: float) -> tup
     return pos, extent if visual.extent is None else int(visual.extent)
 
 
-def expand(ids, visuals, pad_ids: dict[str, int], *, rule: str = "published", tokens_per_second: float = 2.0) -> Prompt:
+def _placeholders(ids, visuals, kinds: dict[int, str]) -> list[tuple[int, int]]:
+    """(first index, count) of each visual's pads in `ids`: one pad each, or as many as it has tokens.
+
+    ValueError with both counts where the pads are neither.
+    """
+    pads = [(at, kinds[i]) for at, i in enumerate(ids) if i in kinds]
+    tokens = sum(v.tokens for v in visuals)
+    if len(pads) not in (len(visuals), tokens):
+        raise ValueError(
+            f"the text holds {len(pads)} placeholders, the prompt has {len(visuals)} visuals of {tokens} tokens in all"
+        )
+    spans, at = [], 0
+    for number, visual in enumerate(visuals, 1):
+        size = 1 if len(pads) == len(visuals) else visual.tokens
+        mine = pads[at : at + size]
+        if {kind for _, kind in mine} != {visual.kind} or mine[-1][0] - mine[0][0] != size - 1:
+            run = sum(1 for k, (i, kind) in enumerate(mine) if i == mine[0][0] + k and kind == mine[0][1])
+            raise ValueError(
+                f"visual {number} is {visual.kind} ({size} placeholders), the text has {run} {mine[0][1]} placeholders"
+            )
+        spans.append((mine[0][0], size))
+        at += size
+    return spans
+
+
+def expand(
+    ids,
+    visuals,
+    pad_ids: dict[str, int],
+    *,
+    rule: str = "published",
+    tokens_per_second: float = 2.0,
+    max_length: int | None = None,
+) -> Prompt:
     """Replaces each pad token of `ids` by its visual's tokens and lays out positions.
 
+    Args:
+      ids: token ids with one pad per visual, or (as the published processor returns them) one per visual token.
+      visuals: in the order of their pads.
+      pad_ids: kind -> id of its pad token.
+      rule, tokens_per_second: see `visual_positions`.
+      max_length: the most tokens the model takes (`max_position_embeddings`).
+
     Raises:
-      ValueError: the pads in the text are not the visuals given (both counts, or the kinds, in the message).
+      ValueError: the pads in the text are not the visuals given, or the prompt is too long; both counts in the message.
     """
-    kinds = {i: kind for kind, i in pad_ids.items()}
-    found = [kinds[i] for i in ids if i in kinds]
-    if found != [v.kind for v in visuals]:
-        raise ValueError(f"the text holds pads for {found or 'no visuals'}, the prompt has {[v.kind for v in visuals]}")
-    tokens, pos, index = [], [], []
-    start = seen = 0
-    queue = iter(visuals)
-    for i in ids:
-        if i not in kinds:
-            tokens.append([i]), pos.append(np.full((3, 1), start)), index.append([-1])
-            start += 1
-            continue
-        visual = next(queue)
-        rel, extent = visual_positions(visual, rule, tokens_per_second)
-        tokens.append(np.full(visual.tokens, i)), pos.append(rel + start)
-        index.append(np.arange(seen, seen + visual.tokens))
-        start, seen = start + extent, seen + visual.tokens
-    join = np.concatenate
-    return Prompt(join(tokens).astype(np.int32), join(pos, 1).astype(np.int32), join(index).astype(np.int32), start)
+    spans = _placeholders(ids, visuals, {i: kind for kind, i in pad_ids.items()})
+    length = len(ids) + sum(v.tokens - size for v, (_, size) in zip(visuals, spans, strict=True))
+    if max_length is not None and length > max_length:
+        seen = sum(v.tokens for v in visuals)
+        raise ValueError(f"the prompt has {length} tokens ({seen} of them visual), the model takes {max_length}")
+    tokens, pos, index = [np.zeros(0, int)], [np.zeros((3, 0), int)], [np.zeros(0, int)]
+    start = seen = at = 0
+    for visual, (first, size) in [*zip(visuals, spans, strict=True), (None, (len(ids), 0))]:
+        text = np.asarray(ids[at:first], int)
+        tokens.append(text), index.append(np.full(len(text), -1))
+        pos.append(np.broadcast_to(start + np.arange(len(text)), (3, len(text))))
+        start += len(text)
+        if visual is not None:
+            rel, extent = visual_positions(visual, rule, tokens_per_second)
+            tokens.append(np.full(visual.tokens, ids[first])), pos.append(rel + start)
+            index.append(np.arange(seen, seen + visual.tokens))
+            start, seen, at = start + extent, seen + visual.tokens, first + size
+    tokens, pos, index = (np.concatenate(a, -1).astype(np.int32) for a in (tokens, pos, index))
+    # transformers 5 lets text overlap the video in time, but speaks after the largest id of all.
+    next_pos = max(start, int(pos.max(initial=-1)) + 1) if rule == "transformers5" else start
+    return Prompt(tokens, pos, index, next_pos)
+
+
+def check_rows(prompt: Prompt, rows: int) -> None:
+    """ValueError with both counts unless `rows` visual tokens are what the prompt's placeholders take."""
+    wanted = int((prompt.vis_index >= 0).sum())
+    if rows != wanted:
+        raise ValueError(f"the prompt has {wanted} visual placeholders, {rows} visual tokens were given")
 
 
 def build_prompt(
@@ -119,11 +216,17 @@ def build_prompt(
     system: str | None = SYSTEM,
     rule: str = "published",
     tokens_per_second: float = 2.0,
+    max_length: int | None = None,
 ) -> Prompt:
     """A chat prompt with its visuals before the question; system None or "" gives no system turn."""
-    pad_ids = {kind: tokenizer.id(text) for kind, text in PADS.items()}
-    ids = tokenizer.encode(render(question, visuals, system))
-    return expand(ids, visuals, pad_ids, rule=rule, tokens_per_second=tokens_per_second)
+    text = render(question, visuals, system)
+    return tokenize(tokenizer, text, visuals, rule=rule, tokens_per_second=tokens_per_second, max_length=max_length)
+
+
+def tokenize(tokenizer, text: str, visuals=(), **how) -> Prompt:
+    """Rendered text and its visuals to a Prompt; `how` goes to `expand`."""
+    pad_ids = {kind: tokenizer.id(pad) for kind, pad in PADS.items()}
+    return expand(tokenizer.encode(text), visuals, pad_ids, **how)
 
 
 def pad_prompts(prompts, length: int, pad_id: int = 0):

@@ -6,21 +6,18 @@ reference and policy are this one function over different dicts.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax import sharding
-from marc_jax.models import packed
+from marc_jax.models import packed, trees
 from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
-from marc_jax.models.layers import Runtime, sample
+from marc_jax.models.layers import Runtime
 from marc_jax.models.packed import Packed
 from marc_jax.models.vision import VisionConfig, VisionTower
 
@@ -35,11 +32,10 @@ SIZES = {
 }
 
 
-SMALL = 2**26  # parameters; up to here `init` is one program, above it one per leaf (bounded memory)
-
-
 class ConfigError(ValueError):
     """A config.json that is not a Qwen2.5-VL; the message names the file and the field."""
+
+    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +125,26 @@ def tiny(
 def _eos(raw: dict, text: dict, folder: pathlib.Path | None) -> tuple[int, ...]:
     """The set of stop ids: generation_config.json's when there is one, else config.json's."""
     ids = raw.get("eos_token_id", text.get("eos_token_id"))
-    if folder is not None and (folder / "generation_config.json").exists():
-        ids = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id", ids)
+    path = folder / "generation_config.json" if folder is not None else None
+    if path is not None and path.exists():
+        try:
+            ids = json.loads(path.read_text()).get("eos_token_id", ids)
+        except (OSError, ValueError, AttributeError) as e:
+            raise ConfigError(f"{path}: not a readable generation_config.json ({e})") from None
     ids = [151645, 151643] if ids is None else ids
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def config_from_hf(source: dict | str | pathlib.Path) -> Config:
+def config_from_hf(source: dict | str | pathlib.Path, name: str = "config") -> Config:
     """Reads a published config.json (flat), a newer one (nested text_config, either rope spelling), or a dict.
 
     Args:
       source: the dict, the file, or the folder that holds it.
+      name: of a dict, in errors.
     Raises:
       ConfigError: another architecture, or a field that is missing, naming file and field.
     """
-    name, raw, folder = "config", source, None
+    raw, folder = source, None
     if not isinstance(source, dict):
         path = pathlib.Path(source)
         path = path / "config.json" if path.is_dir() else path
@@ -152,14 +153,19 @@ def config_from_hf(source: dict | str | pathlib.Path) -> Config:
             raw = json.loads(path.read_text())
         except (OSError, ValueError) as e:
             raise ConfigError(f"{path}: not a readable config.json ({e})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name}: holds a {type(raw).__name__}, not an object")
     kind = raw.get("model_type")
     if kind != "qwen2_5_vl":
         raise ConfigError(f"{name}: model_type is {kind!r}, expected 'qwen2_5_vl'")
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method")
+        raise ConfigError(f"{name}: quantised weights ({method!r}) are not read; take the model they were made from")
     try:
         return _config(raw, name, folder)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as e:
         raise ConfigError(f"{name}: {e}") from None
 
 
@@ -188,6 +194,7 @@ def _config(raw: dict, name: str, folder: pathlib.Path | None) -> Config:
         mrope_section=tuple(get(rope_cfg, "rope_scaling.", "mrope_section")),
         rms_norm_eps=get(text, "", "rms_norm_eps"),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        max_position_embeddings=int(text.get("max_position_embeddings") or 128000),
     )
     names = [f.name for f in dataclasses.fields(VisionConfig) if f.name not in ("in_channels", "fullatt_block_indexes")]
     where = "vision_config."
@@ -269,20 +276,13 @@ class Qwen25VL(nnx.Module):
         return self.text.logits(hidden)
 
 
-@functools.lru_cache(maxsize=64)
-def _skeleton(cfg: Config, runtime: Runtime) -> tuple[Any, Any]:
-    """(graphdef, nested dict of Weight) of a model: no arrays, made once per configuration."""
-    graphdef, state = nnx.split(Qwen25VL(cfg, runtime))
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def _rename(tree: dict, old: str, new: str) -> dict:
     return {new if key == old else key: value for key, value in tree.items()}
 
 
 def describe(cfg: Config) -> dict:
     """Nested dict of `Weight`: shape, logical axes and init of every parameter."""
-    return _rename(_skeleton(cfg, Runtime())[1], "visual", "vision")
+    return _rename(trees.skeleton(Qwen25VL, cfg, Runtime())[1], "visual", "vision")
 
 
 def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto", remat: bool = False) -> Qwen25VL:
@@ -295,7 +295,7 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
       remat: recompute each layer in the backward pass.
     """
     runtime = Runtime(jnp.dtype(dtype), attention, remat)
-    graphdef, _ = _skeleton(cfg, runtime)
+    graphdef, _ = trees.skeleton(Qwen25VL, cfg, runtime)
     if not isinstance(params["text"]["layers"], list):
         return nnx.merge(graphdef, _rename(params, "vision", "visual"))
     visual = nnx.merge(nnx.graphdef(VisionTower(cfg.vision, runtime)), params["vision"])
@@ -315,29 +315,10 @@ def pack(cfg: Config, params: dict, dtype=jnp.bfloat16, bits: int = 16) -> dict:
 
 
 def init(cfg: Config, key: jax.Array, dtype=jnp.float32, mesh=None) -> dict:
-    """Random parameters; with a mesh each leaf is created on its own shards.
-
-    A leaf's key depends on its path only, so its value does not depend on the other leaves.
-    """
-    weights = describe(cfg)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(weights)
-    pairs = [(zlib.crc32(jax.tree_util.keystr(path).encode()), w) for path, w in leaves]
-    placed = [None] * len(pairs) if mesh is None else jax.tree.leaves(sharding.shardings(weights, mesh))
-    whole = sum(w.size for _, w in pairs) <= SMALL
-    groups = [list(range(len(pairs)))] if whole else [[i] for i in range(len(pairs))]
-    out: list[Any] = [None] * len(pairs)
-    for group in groups:
-        make = functools.partial(sample, [pairs[i] for i in group], dtype=dtype)
-        make = jax.jit(make, out_shardings=None if mesh is None else [placed[i] for i in group])
-        for i, value in zip(group, make(key), strict=True):
-            out[i] = value
-    return jax.tree.unflatten(tree, out)
+    """Random parameters; with a mesh each leaf is created on its own shards. See `trees.init`."""
+    return trees.init(describe(cfg), key, dtype, mesh)
 
 
 def abstract(cfg: Config, dtype=jnp.float32, mesh=None) -> dict:
     """ShapeDtypeStructs of the parameters, with shardings when a mesh is given: the target of restore and loading."""
-    weights = describe(cfg)
-    if mesh is None:
-        return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), weights)
-    placed = sharding.shardings(weights, mesh)
-    return jax.tree.map(lambda w, s: jax.ShapeDtypeStruct(w.shape, dtype, sharding=s), weights, placed)
+    return trees.abstract(describe(cfg), dtype, mesh)

@@ -49,11 +49,19 @@ def test_smart_resize_keeps_its_promises(height, width):
         assert patches.smart_resize(h, w) == (h, w)
 
 
-def test_video_size_shares_the_total_budget():
-    assert patches.video_size(1080, 1920, 64, max_pixels=128 * 784) == (224, 420)
-    assert patches.video_size(1080, 1920, 64) == (560, 1008)
-    few, many = patches.video_size(1080, 1920, 300), patches.video_size(1080, 1920, 768)
+def test_a_video_shares_its_budget():
+    budget = patches.VideoBudget()
+    assert budget.size(1080, 1920, 64) == (560, 1008)
+    few, many = budget.size(1080, 1920, 300), budget.size(1080, 1920, 768)
     assert few == (560, 1008) and many[0] * many[1] <= 90_316_800 / 768 * 2 < few[0] * few[1]
+
+
+def test_the_limit_of_the_library_is_stretched_by_a_twentieth_and_the_users_is_not():
+    assert patches.VIDEO_R1_BUDGET.size(480, 640, 64) == (280, 364)
+    assert patches.VideoBudget(max_pixels=128 * 784).size(480, 640, 64) == (252, 364)
+    assert patches.VideoBudget(total_pixels=1).size(480, 640, 64) == (280, 364)
+    with pytest.raises(ValueError, match="min_pixels 100352 is above max_pixels 50000"):
+        patches.VideoBudget(max_pixels=50_000).size(480, 640, 64)
 
 
 @pytest.mark.parametrize("size", [(224, 420, 720, 1280), (280, 392, 240, 320), (28, 84, 56, 57), (112, 56, 33, 91)])
@@ -63,8 +71,8 @@ def test_resizing_is_pils_bicubic(size):
     rng = np.random.default_rng(0)
     smooth = np.add.outer(np.arange(h) * 255 // h, np.arange(w) * 90 // w).astype(np.uint8)
     frames = np.stack([rng.integers(0, 256, (h, w, 3), np.uint8), np.repeat(smooth[..., None], 3, -1)])
-    ours = patches.resize_frames(frames, new_h, new_w).astype(int)
-    # Pillow's one-call resize may go height first; the reference here is width first, as torchvision does it.
+    ours = patches.resize_frames(frames, new_h, new_w, like="pillow").astype(int)
+    # Recent Pillow goes height first for some sizes; the reference here is width first, as it always went before.
     wide = [image.fromarray(f).resize((new_w, h), image.Resampling.BICUBIC) for f in frames]
     theirs = np.stack([np.asarray(f.resize((new_w, new_h), image.Resampling.BICUBIC), int) for f in wide])
     differ = np.abs(ours - theirs)
@@ -74,12 +82,11 @@ def test_resizing_is_pils_bicubic(size):
 def test_resizing_is_torchs_antialiased_bicubic():
     torch = pytest.importorskip("torch")
     frames = np.random.default_rng(1).integers(0, 256, (1, 90, 160, 3), np.uint8)
-    planes = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    theirs = (
-        torch.nn.functional.interpolate(planes, (56, 196), mode="bicubic", antialias=True).permute(0, 2, 3, 1).numpy()
-    )
+    planes = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+    theirs = torch.nn.functional.interpolate(planes, (56, 196), mode="bicubic", antialias=True)
+    theirs = theirs.clamp(0, 255).round().permute(0, 2, 3, 1).numpy()
     differ = np.abs(patches.resize_frames(frames, 56, 196).astype(int) - theirs)
-    assert differ.max() <= 2 and (differ > 0).mean() < 0.02  # torch's weights have 15 bits; measured 0.1 to 0.9 %
+    assert differ.max() <= 1 and (differ > 0).mean() < 1e-3
 
 
 def test_resizing_keeps_flat_and_equal_sizes():
@@ -124,18 +131,3 @@ def test_an_odd_frame_is_doubled_and_bad_shapes_are_named():
     for bad in (frames[:, :14], frames[..., :1], frames[:0], frames.astype(np.float32)):
         with pytest.raises(ValueError):
             patches.frames_to_pixel_patches(bad)
-
-
-def test_the_published_processor_agrees():
-    """transformers' Qwen2VL image processor on frames that need no resizing, if it is installed with what it needs."""
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    try:
-        processor = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 784, "longest_edge": 10**8})
-    except Exception as error:  # needs torchvision
-        pytest.skip(f"no reference processor: {str(error).strip()[:80]}")
-    frames = np.random.default_rng(4).integers(0, 256, (4, 56, 84, 3), np.uint8)
-    out = processor(videos=[frames], return_tensors="np", do_sample_frames=False)
-    got, grid = patches.frames_to_patches(frames)
-    assert tuple(out["video_grid_thw"][0]) == grid
-    np.testing.assert_allclose(got.reshape(-1, 1176), out["pixel_values_videos"], atol=1e-5)

@@ -90,6 +90,32 @@ def test_loss_against_a_plain_reference(params):
     np.testing.assert_allclose(mean_loss(params, data), expected, rtol=1e-4)
 
 
+def test_in_batch_loss_against_a_plain_reference(params):
+    """Own-video softmax plus half of both directions of InfoNCE over the batch, in float64."""
+    data = batch(np.random.default_rng(2))
+    emb, _, query, needed = (np.asarray(x, np.float64) for x in forward(params, data))
+    target = needed / needed.sum(1, keepdims=True)
+    answer = np.einsum("be,bed->bd", target, emb)
+    cross = query @ (answer / np.linalg.norm(answer, axis=1, keepdims=True)).T / 0.07
+    log_p = lambda x: np.diagonal(x - np.log(np.exp(x).sum(1, keepdims=True)))  # noqa: E731
+    both = log_p(cross) + log_p(cross.T)
+    expected = float(mean_loss(params, data)) - 0.3 * 0.5 * both.mean()
+    np.testing.assert_allclose(mean_loss(params, data, in_batch=0.3), expected, rtol=1e-4)
+
+
+def test_in_batch_negatives_come_from_the_whole_mesh(params):
+    from marc_jax import sharding
+
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    data = batch(np.random.default_rng(2))
+    mesh = sharding.make_mesh(data=8, fsdp=1)
+    spread = jax.device_put(data, sharding.batch(mesh))
+    everywhere = jax.device_put(params, sharding.replicated(mesh))
+    here = mean_loss(params, data, in_batch=0.3)
+    np.testing.assert_allclose(mean_loss(everywhere, spread, in_batch=0.3), here, rtol=1e-5)
+
+
 def test_learns_to_retrieve_one_and_several_events(params):
     tx = optax.adam(5e-3)
 

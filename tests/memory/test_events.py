@@ -3,6 +3,8 @@
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from marc_jax.memory import events
 
@@ -111,9 +113,45 @@ def test_a_slow_dissolve_is_found_and_a_slow_pan_is_not():
     assert abs(border - 30) <= 2
 
 
-def test_real_cuts(test_data):
-    frames, fps = read(test_data / "videos" / "bikes.mp4")
-    assert events.score_borders(events.borders(frames, fps), [30, 76, 137, 187, 242], 2) == (1.0, 1.0)
+def test_a_flash_is_not_a_cut_and_a_doubled_pan_is_not_many():
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(rng.integers(0, 200, (9, 40, 3)).astype(np.uint8), (400, 90), interpolation=cv2.INTER_CUBIC)
+    still = np.repeat(picture[None, :, :160], 50, axis=0)
+    still[25:27] = 255 - still[25:27] // 2
+    assert events.borders(still, 30.0) == []
+    pan = np.stack([picture[:, 3 * (i // 2) : 3 * (i // 2) + 160] for i in range(50)])  # each frame shown twice
+    assert events.borders(pan, 30.0) == []
+    pan[30:] = 255 - pan[30:] // 4
+    assert events.borders(pan, 30.0) == [30]
+
+
+def test_a_long_take_is_split_where_it_changes():
+    """20 s still, 2 s of slow change, 10 s still, one frame at a time: one border, inside the change."""
+    rng = np.random.default_rng(1)
+    colours = rng.integers(0, 255, (2, 6, 8, 3))
+    colours[1] = colours[1] // 4
+    one, other = (cv2.resize(c.astype(np.uint8), (80, 60), interpolation=cv2.INTER_NEAREST) for c in colours)
+    texture = np.arange(60)[:, None, None] // 6 % 2 * 60
+    share = np.clip((np.arange(320) - 200) / 20, 0, 1)
+    takes = [(1 - s) * one + s * np.clip(other + texture, 0, 255) for s in share.tolist()]
+    (border,) = events.borders(np.stack(takes).astype(np.uint8), 10.0, events.Options(blend=9.0))
+    assert 200 <= border <= 220
+
+
+@given(st.integers(0, 10**6), st.integers(2, 30))
+def test_change_point_leaves_the_least_scatter(seed, n):
+    x = np.random.default_rng(seed).normal(size=(n, 4)) + (np.arange(n) > n // 2)[:, None]
+    scatter = [np.sum((x[:k] - x[:k].mean(0)) ** 2) + np.sum((x[k:] - x[k:].mean(0)) ** 2) for k in range(1, n)]
+    assert np.isclose(scatter[events.change_point(x) - 1], min(scatter))
+
+
+@pytest.mark.parametrize(
+    "name, cuts",
+    [("bikes.mp4", [30, 76, 137, 187, 242]), ("video1.mp4", [67, 167, 226, 287, 320, 426]), ("counter.mp4", [10, 20])],
+)
+def test_real_cuts(test_data, name, cuts):
+    frames, fps = read(test_data / "videos" / name)
+    assert events.score_borders(events.borders(frames, fps), cuts, 0) == (1.0, 1.0)
 
 
 def test_real_fades_through_black_and_white(test_data):
@@ -121,10 +159,28 @@ def test_real_fades_through_black_and_white(test_data):
     assert events.score_borders(events.borders(frames, fps), [42, 84, 126, 167, 209], 2) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("name", ["768x576.avi", "chaplin.mp4", "dog.mp4", "test.avi"])
-def test_single_takes_do_not_shatter(test_data, name):
+SINGLE = {"768x576.avi": (), "chaplin.mp4": (), "dog.mp4": (), "test.avi": (), "VID00003-20100701-2204.3GP": ()}
+SINGLE |= {"sample_demo_22.mp4": ((940, 1010),), "cockatoo.mp4": ((52, 76), (150, 166))}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_single_takes_do_not_shatter_but_split_where_they_change(test_data, name):
+    """The camera turns away in sample_demo_22; the bird fills the picture from 56 to 166 in cockatoo."""
     frames, fps = read(test_data / "videos" / name)
-    assert len(events.borders(frames, fps)) <= len(frames) / fps / 5
+    found = events.borders(frames, fps)
+    assert len(found) <= len(frames) / fps / 5 and len(found) == len(SINGLE[name])
+    assert all(low <= border <= high for border, (low, high) in zip(found, SINGLE[name], strict=True))
+
+
+@pytest.mark.parametrize("name", ["cockatoo.mp4", "fades.mp4"])
+def test_real_files_online_as_by_replay(test_data, name):
+    frames, fps = read(test_data / "videos" / name, (64, 64))
+    segmenter, told = events.Segmenter(fps), []
+    for i, frame in enumerate(frames):
+        told += segmenter.push(frame)
+        if i % 50 == 0:
+            assert told == events.borders(frames[: i + 1], fps)
+    assert told == sorted(set(told)) == events.borders(frames, fps) and told
 
 
 def test_feature_change():

@@ -29,36 +29,42 @@ def parameters(cfg, dtype=jnp.float32):
     return jax.tree_util.tree_map_with_path(leaf, qwen25_vl.abstract(cfg))
 
 
-def decoded(model, cfg, b, g, steps, dtype=jnp.float32):
+def decoded(cfg, params, b, g, steps, dtype=jnp.float32, **options):
     """Logits [steps, B, G, V] of a forced sequence after a prompt of 16 places, the last 3 of them padding."""
     d = cfg.text.hidden_size
     mask = jnp.arange(16)[None] < jnp.full((b, 1), 13)
     pos = jnp.broadcast_to(jnp.arange(16), (3, b, 16))
-    _, prefix = model.prefill(draw(1, (b, 16, d), dtype), pos, mask)
-    cache, out = model.empty_cache(b, g, steps), []
-    for t in range(steps):
-        x, at = draw(10 + t, (b, g, d), dtype), jnp.full((3, b, g), 13 + t)
-        hidden, cache = model.decode_step(x, at, jnp.int32(t), prefix, mask, cache)
-        out.append(model.logits(hidden))
-    return f32(jnp.stack(out))
+
+    @jax.jit  # op by op it would compile every one of them
+    def run(params, x):
+        model = qwen25_vl.bind(cfg, params, dtype=dtype, **options)
+        _, prefix = model.prefill(x, pos, mask)
+        cache, out = model.empty_cache(b, g, steps), []
+        for t in range(steps):
+            x, at = draw(10 + t, (b, g, d), dtype), jnp.full((3, b, g), 13 + t)
+            hidden, cache = model.decode_step(x, at, jnp.int32(t), prefix, mask, cache)
+            out.append(model.logits(hidden))
+        return jnp.stack(out)
+
+    return f32(run(params, draw(1, (b, 16, d), dtype)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_model_decodes_as_the_plain_one(tied):
     cfg = qwen25_vl.tiny(num_layers=3, tie_word_embeddings=tied)
     params = parameters(cfg)
-    plain = qwen25_vl.bind(cfg, params)
-    served = qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params, jnp.float32))
-    np.testing.assert_allclose(decoded(served, cfg, 2, 3, 3), decoded(plain, cfg, 2, 3, 3), atol=2e-5)
+    served = qwen25_vl.pack(cfg, params, jnp.float32)
+    np.testing.assert_allclose(decoded(cfg, served, 2, 3, 3), decoded(cfg, params, 2, 3, 3), atol=2e-5)
+    see = jax.jit(lambda p, x: qwen25_vl.bind(cfg, p).vision(x, (4, 4)))
     pixels = draw(5, (2, 16, cfg.vision.patch_dim), jnp.float32)
-    np.testing.assert_allclose(f32(served.vision(pixels, (4, 4))), f32(plain.vision(pixels, (4, 4))), atol=1e-6)
+    np.testing.assert_allclose(f32(see(served, pixels)), f32(see(params, pixels)), atol=1e-6)
 
 
 def test_8_bit_weights_stay_close():
     cfg = qwen25_vl.tiny(hidden_size=128, num_layers=2)
     params = parameters(cfg)
-    want = decoded(qwen25_vl.bind(cfg, params), cfg, 1, 2, 2)
-    got = decoded(qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params, jnp.float32, bits=8)), cfg, 1, 2, 2)
+    want = decoded(cfg, params, 1, 2, 2)
+    got = decoded(cfg, qwen25_vl.pack(cfg, params, jnp.float32, bits=8), 1, 2, 2)
     assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.02
 
 
@@ -150,10 +156,9 @@ def test_streamed_attention_equals_numpy(interpreter, b, g, p, r, index, spread,
 def test_decoding_with_the_kernels_equals_decoding_without(interpreter, monkeypatch):
     cfg = qwen25_vl.tiny(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=2, intermediate_size=512)
     params = parameters(cfg, jnp.bfloat16)
-    bind = dict(dtype=jnp.bfloat16, attention="xla")
-    want = decoded(qwen25_vl.bind(cfg, params, **bind), cfg, 1, 3, 1, jnp.bfloat16)
+    want = decoded(cfg, params, 1, 3, 1, jnp.bfloat16, attention="xla")
     monkeypatch.setattr(hopper, "available", lambda: True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(interpreter)
-        got = decoded(qwen25_vl.bind(cfg, qwen25_vl.pack(cfg, params), **bind), cfg, 1, 3, 1, jnp.bfloat16)
+        got = decoded(cfg, qwen25_vl.pack(cfg, params), 1, 3, 1, jnp.bfloat16, attention="xla")
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2

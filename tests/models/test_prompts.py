@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marc_jax.models.prompts import Visual, expand, pad_prompts
+from marc_jax.models.prompts import Visual, check_rows, expand, pad_prompts
 
 PADS = {"image": 305, "video": 306}
 
 
-def _video(grid, spg, rule, before=16):
-    return expand([*range(before), 306, 304, 20, 21], [Visual("video", grid, spg)], PADS, rule=rule)
+def _video(grid, spg, rule, before=16, after=3):
+    return expand([*range(before), 306, *range(20, 20 + after)], [Visual("video", grid, spg)], PADS, rule=rule)
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,15 @@ def _video(grid, spg, rule, before=16):
         (1.5, "published", 109, 110, -3746),
         (0.9, "published", 71, 72, -3784),
         (2.7, "published", 183, 184, -3672),
-        (1.0, "transformers5", 78, 31, -3825),
-        (1.5, "transformers5", 78, 31, -3825),
+        (1.0, "transformers5", 78, 31, -3788),
+        (1.5, "transformers5", 78, 31, -3788),
         (0.9, "transformers5", 16, 31, -3825),
-        (2.7, "transformers5", 140, 31, -3825),
+        (2.7, "transformers5", 140, 31, -3726),
     ],
 )
 def test_golden_positions_of_64_frames(spg, rule, last_t, first_text, delta):
-    """Grid 32 x 8 x 15 merged, video from id 16. The published deltas were measured with transformers 4.51."""
-    p = _video((32, 8, 15), spg, rule)
+    """Grid 32 x 8 x 15 merged, video from id 16, 11 tokens behind it; measured with transformers 4.51 and 5.17."""
+    p = _video((32, 8, 15), spg, rule, after=11)
     visual = np.flatnonzero(p.vis_index >= 0)
     assert p.pos[:, visual[0]].tolist() == [16, 16, 16]
     assert p.pos[0, visual[-1]] == last_t
@@ -59,10 +59,41 @@ def test_kept_patches_keep_their_time_and_the_original_extent():
     assert kept.next_pos == full.next_pos
 
 
-@pytest.mark.parametrize("visuals", [[], [Visual("image")], [Visual(), Visual()]])
-def test_pads_and_visuals_must_agree(visuals):
-    with pytest.raises(ValueError, match="the text holds pads for"):
-        expand([1, 306, 2], visuals, PADS)
+@pytest.mark.parametrize(
+    "ids,visuals,reason",
+    [
+        ([1, 306, 2], [], "holds 1 placeholders, the prompt has 0 visuals of 0 tokens"),
+        ([1, 306, 2], [Visual(), Visual()], "holds 1 placeholders, the prompt has 2 visuals of 2 tokens"),
+        ([1, 306, 2], [Visual("image")], r"visual 1 is image \(1 placeholders\), the text has 1 video placeholders"),
+        ([306] * 7, [Visual(grid=(2, 2, 2))], "holds 7 placeholders, the prompt has 1 visuals of 8 tokens"),
+        ([306] * 9, [Visual(grid=(2, 2, 2))], "holds 9 placeholders, the prompt has 1 visuals of 8 tokens"),
+        ([306, 306, 1, 306], [Visual(grid=(1, 1, 4))], "1 visuals of 4 tokens"),
+        ([306, 1, 306, 306], [Visual(grid=(3, 1, 1))], r"visual 1 is video \(3 placeholders\), the text has 1 video"),
+    ],
+)
+def test_pads_and_visuals_must_agree(ids, visuals, reason):
+    with pytest.raises(ValueError, match=reason):
+        expand(ids, visuals, PADS)
+
+
+def test_expanded_placeholders_stay_as_they_are():
+    visuals = [Visual("image", (1, 2, 3)), Visual("video", (2, 1, 1), 1.0), Visual("video", (1, 1, 1), 1.0)]
+    one = expand([1, 305, 2, 306, 306, 3], visuals, PADS)
+    many = expand([1, *[305] * 6, 2, *[306] * 3, 3], visuals, PADS)
+    for field in ("tokens", "pos", "vis_index"):
+        assert (getattr(one, field) == getattr(many, field)).all()
+    assert one.next_pos == many.next_pos
+
+
+def test_too_long_a_prompt_and_too_many_rows_name_both_counts():
+    visuals = [Visual("video", (4, 5, 6))]
+    with pytest.raises(ValueError, match=r"the prompt has 123 tokens \(120 of them visual\), the model takes 122"):
+        expand([1, 306, 2, 3], visuals, PADS, max_length=122)
+    prompt = expand([1, 306, 2, 3], visuals, PADS, max_length=123)
+    check_rows(prompt, 120)
+    for rows in (119, 121):
+        with pytest.raises(ValueError, match=f"120 visual placeholders, {rows} visual tokens"):
+            check_rows(prompt, rows)
 
 
 def test_padding_keeps_prompts_and_refuses_longer_ones():
@@ -85,3 +116,12 @@ def test_text_after_a_video_never_overlaps_it(t, h, w, spg, before):
     after = p.pos[:, np.flatnonzero(p.vis_index >= 0)[-1] + 1 :]
     assert (visual >= before).all() and after.min() == visual.max() + 1
     assert (np.diff(after) == 1).all() and p.next_pos == after.max() + 1
+
+
+def test_the_longest_prompt_is_the_checkpoints(test_data):
+    from marc_jax.models.qwen25_vl import config_from_hf
+    from marc_jax.models.weights import hf_config
+
+    cfg = config_from_hf(test_data / "tokenizer" / "qwen2.5")  # a file whose publisher set 8192
+    assert cfg.text.max_position_embeddings == 8192
+    assert config_from_hf(hf_config(cfg)).text.max_position_embeddings == 8192

@@ -1,6 +1,8 @@
 """Checkpoints in and out: every naming generation, sharded or not, damage of every kind, and back to transformers."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -9,6 +11,7 @@ import pytest
 
 from marc_jax.models import qwen25_vl, weights
 from marc_jax.models.safetensors_io import INDEX, WeightsError, open_folder, write_folder
+from marc_jax.paths import flatten
 from tools import convert_weights, export_weights
 
 
@@ -67,12 +70,71 @@ def test_loading_onto_a_mesh_gives_the_same_numbers(tmp_path):
     jax.tree.map(lambda x, a: None if x.sharding == a.sharding else pytest.fail(str(a)), loaded, abstract)
 
 
-def test_names_and_sizes_of_the_published_models():
-    for size, tensors, total in (("3b", 824, 3754622976), ("7b", 729, 8292166656), ("72b", 1353, 73410777344)):
-        shapes = weights.published_shapes(qwen25_vl.qwen25_vl(size))
-        assert len(shapes) == tensors
-        assert sum(int(np.prod(s)) for s in shapes.values()) == total
-    assert len(weights.published_shapes(qwen25_vl.qwen25_vl("32b"))) == 1161
+# Per size: vocab, hidden, layers, heads, kv heads, MLP, tied, vision MLP; parameters of vision, text, head; tensors.
+PUBLISHED = {
+    "3b": ((151936, 2048, 36, 16, 2, 11008, True, 3420), (668_684_288, 3_085_938_688, 0), 824),
+    "7b": ((152064, 3584, 28, 28, 4, 18944, False, 3420), (676_550_144, 7_070_619_136, 544_997_376), 729),
+    "32b": ((152064, 5120, 64, 40, 8, 27648, False, 3456), (688_841_984, 31_985_308_672, 778_567_680), 1161),
+    "72b": ((152064, 8192, 80, 64, 8, 29568, False, 3456), (704_573_696, 71_460_495_360, 1_245_708_288), 1353),
+}
+
+
+def _published_config(size, form):
+    """config.json as the hub has it ("flat"), or as transformers 5 saves it ("nested")."""
+    vocab, width, layers, heads, kv, mlp, tied, vision_mlp = PUBLISHED[size][0]
+    text = {
+        "hidden_act": "silu", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "intermediate_size": mlp, "vocab_size": vocab, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128000, "use_sliding_window": False, "sliding_window": 32768,
+        "max_window_layers": 70, "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    vision = {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": vision_mlp, "num_heads": 16,
+        "out_hidden_size": width, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+    }  # fmt: skip
+    ids = {"vision_start_token_id": 151652, "vision_end_token_id": 151653, "vision_token_id": 151654}
+    ids |= {"image_token_id": 151655, "video_token_id": 151656, "model_type": "qwen2_5_vl", "tie_word_embeddings": tied}
+    if form == "flat":
+        rope = {"rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+        return ids | text | rope | {"vision_config": vision | {"in_chans": 3}}
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]}
+    vision |= {"in_channels": 3, "rope_parameters": {"rope_type": "axial", "rope_theta": 10000.0}}
+    return ids | {"text_config": text | {"rope_parameters": rope}, "vision_config": vision}
+
+
+@pytest.mark.parametrize("form", ["flat", "nested"])
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_names_and_sizes_of_the_published_models(size, form):
+    _, parts, tensors = PUBLISHED[size]
+    cfg = qwen25_vl.config_from_hf(_published_config(size, form))
+    assert cfg == dataclasses.replace(qwen25_vl.qwen25_vl(size), eos_token_ids=(151645,))
+    shapes = weights.published_shapes(cfg)
+    assert len(shapes) == tensors
+    count = lambda begin: sum(math.prod(s) for n, s in shapes.items() if n.startswith(begin))  # noqa: E731
+    assert (count("visual."), count("model."), count("lm_head.")) == parts
+    abstract = flatten(qwen25_vl.abstract(cfg, jax.numpy.bfloat16))  # nothing is allocated
+    assert sum(math.prod(x.shape) for x in abstract.values()) == sum(parts)
+    assert weights.match(cfg, {_in_memory(name): shape for name, shape in shapes.items()}).keys() == shapes.keys()
+    if form == "flat":
+        assert qwen25_vl.config_from_hf(weights.hf_config(cfg)) == cfg
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_nested_config_loads_like_a_flat_one(tmp_path, tied):
+    cfg = qwen25_vl.tiny(tie_word_embeddings=tied)
+    params = _random(cfg)
+    folder = _write(tmp_path / "model", cfg, params, _in_memory)
+    flat = json.loads((folder / "config.json").read_text())
+    top = {k: v for k, v in flat.items() if k.endswith("_token_id") or k in ("model_type", "vision_config")}
+    text = {k: v for k, v in flat.items() if k not in top and not k.startswith("rope_")}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": flat["rope_theta"]} | flat["rope_scaling"]
+    top["vision_config"]["rope_parameters"] = {"rope_type": "axial", "rope_theta": 10000.0}
+    del top["vision_config"]["in_chans"]
+    (folder / "config.json").write_text(json.dumps(top | {"text_config": text}))
+    read = qwen25_vl.config_from_hf(folder)
+    assert read == cfg
+    _same(weights.load(folder, read, qwen25_vl.abstract(read)), params)
 
 
 def test_a_tied_models_spare_head_must_equal_the_embedding(tmp_path):
@@ -97,13 +159,17 @@ def _garbage(folder):
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0" + b"not json at all!")
 
 
-def _pickle(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"x")
+def _trailing(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b"abc")
 
 
-def _architecture(folder):
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+def _changed(**fields):
+    def damage(folder):
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | fields))
+
+    return damage
 
 
 def _no_field(folder):
@@ -112,20 +178,21 @@ def _no_field(folder):
     (folder / "config.json").write_text(json.dumps(raw))
 
 
-def _other_width(folder):
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"intermediate_size": 130}))
-
-
 DAMAGE = [
     (_truncate, "model.safetensors: truncated: tensor "),
     (_garbage, "model.safetensors: not a safetensors file"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: truncated or not a safetensors file"),
-    (_pickle, "no safetensors here; pytorch_model.bin is a torch pickle"),
+    (lambda f: (f / "model.safetensors").unlink(), "model: no safetensors here"),
+    (_trailing, "model.safetensors: 3 bytes after the last tensor"),
     (lambda f: (f / "config.json").unlink(), "config.json: not a readable config.json"),
-    (_architecture, "config.json: model_type is 'llama', expected 'qwen2_5_vl'"),
+    (_changed(model_type="llama"), "config.json: model_type is 'llama', expected 'qwen2_5_vl'"),
+    (_changed(model_type="qwen2_vl"), "config.json: model_type is 'qwen2_vl', expected 'qwen2_5_vl'"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json: holds a list, not an object"),
+    (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json: not a readable"),
+    (_changed(quantization_config={"quant_method": "awq"}), "config.json: quantised weights ('awq') are not read"),
+    (_changed(vision_config="large"), "config.json: 'str' object"),
     (_no_field, "config.json: vision_config.depth is missing"),
-    (_other_width, "gate_proj.weight has shape (128, 64), expected (130, 64)"),
+    (_changed(intermediate_size=130), "gate_proj.weight has shape (128, 64), expected (130, 64)"),
 ]
 
 
@@ -212,3 +279,41 @@ def test_transformers_saves_we_load_we_export_transformers_loads(tmp_path, tied)
         assert torch.equal(model(tokens).logits, again(tokens).logits)
     before = reference.hf_vision(model, [pixels], [(2, 10, 14)])[0]
     np.testing.assert_array_equal(before, reference.hf_vision(again, [pixels], [(2, 10, 14)])[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_gives_our_logits_for_what_we_export(tmp_path, tied):
+    """Weights that were never transformers': drawn here, sharded, exported, loaded there with nothing newly made."""
+    torch = pytest.importorskip("torch", reason="torch is the [parity] extra")
+    pytest.importorskip("transformers", reason="transformers is the [parity] extra")
+    import qwen_reference as reference
+    from transformers.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+
+    cfg = reference.ours(reference.hf_model(tied=tied))[0]
+    draw = lambda path, x: _drawn(jax.tree_util.keystr(path), x)  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(draw, _random(cfg, seed=3))
+    export_weights.export(cfg, params, tmp_path / "ours", "float32", shard_bytes=100_000)
+    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = theirs.float().eval()
+    assert sum(p.numel() for p in theirs.parameters()) == sum(x.size for x in jax.tree.leaves(params))
+    tokens_bl = np.arange(40, 60)[None]
+    pos_3bl = np.tile(np.arange(20), (3, 1, 1))
+    (pixels,) = reference.patches(np.random.default_rng(0), [(2, 10, 14)])
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(tokens_bl), position_ids=torch.from_numpy(pos_3bl)).logits.numpy()
+    with jax.default_matmul_precision("highest"):
+        model = qwen25_vl.bind(cfg, params)
+        hidden, _ = model.prefill(model.embed(tokens_bl), pos_3bl, np.ones((1, 20), bool))
+        got, seen = model.logits(hidden), model.vision(pixels, (10, 14))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(seen, reference.hf_vision(theirs, [pixels], [(2, 10, 14)])[0], atol=1e-5)
+
+
+def _drawn(path, x):
+    """Norms around 1, small biases, matrices that keep the scale: the reference's own draw."""
+    if "scale" in path:
+        return 1 + 0.2 * x
+    return 0.1 * x if "bias" in path else 0.9 * x / x.shape[-2] ** 0.5

@@ -1,0 +1,207 @@
+"""One interface to whatever embeds events and questions in one space: PE-Core, SigLIP 2, or a run's small retriever.
+
+    encoder = open_encoder("weights/pe-l14")               # PE-Core or SigLIP 2, from Orbax or safetensors
+    frames_td = encoder.embed_frames(frames)               # uint8 [T, H, W, 3] of any size -> unit vectors [T, D]
+    texts_nd = encoder.embed_texts(["a red car"])          # unit vectors [N, D]
+    events_ed = pool_frames(frames_td, spans)              # mean of an event's unit vectors, renormalised
+
+Preprocessing as published: squashed to a square by PIL's antialiased bilinear filter, then (x / 255 - 0.5) / 0.5.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marc_jax import checkpoint, sharding
+from marc_jax.clip_tokenizer import ClipTokenizer, SiglipTokenizer
+from marc_jax.memory import embed, store
+from marc_jax.memory.view import normalise
+from marc_jax.models import clip, clip_weights, perception_encoder, qwen25_vl, siglip2
+from marc_jax.models.safetensors_io import WeightsError, open_folder
+
+POOLS = ("mean", "max")
+
+
+class Encoder(Protocol):
+    """What `memory.indexer` and the commands need.
+
+    Attributes:
+      name: for people.
+      fingerprint: text that differs where embeddings would; part of a memory's fingerprint.
+    """
+
+    name: str
+    fingerprint: str
+
+    def embed_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Unit vectors float32 [T, D] of uint8 frames [T, H, W, 3]."""
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors float32 [N, D]."""
+
+
+def squash(frames: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, size, size, 3] by PIL's antialiased bilinear filter, whatever the aspect ratio."""
+    from PIL import Image
+
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3]")
+    if frames.shape[1:3] == (size, size):
+        return frames
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    for frame, result in zip(frames, out, strict=True):
+        result[...] = Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BILINEAR)
+    return out
+
+
+def pool_frames(emb_td: np.ndarray, spans: Sequence[tuple[int, int]], how: str = "mean") -> np.ndarray:
+    """Event embeddings of unit vectors [T, D] and spans (start, end) in rows.
+
+    "mean": the mean over the event, renormalised, [E, D].
+    "max": all of them, [E, F, D], F the longest event, shorter ones padded by their last row: an event is then as near
+    to a question as its nearest frame (`nearest_frames`).
+    """
+    if how not in POOLS:
+        raise ValueError(f"pool {how!r}: choose one of {', '.join(POOLS)}")
+    if how == "mean":
+        mean_ed = np.stack([emb_td[a:b].mean(0) for a, b in spans])
+        return (mean_ed / np.maximum(np.linalg.norm(mean_ed, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
+    most = max(b - a for a, b in spans)
+    return np.stack([emb_td[np.minimum(np.arange(a, a + most), b - 1)] for a, b in spans]).astype(np.float32)
+
+
+def nearest_frames(event_emb: np.ndarray, query_d: np.ndarray) -> np.ndarray:
+    """[E, D] for one question: of "max" embeddings [E, F, D] each event's nearest frame; of [E, D] the same."""
+    if event_emb.ndim == 2:
+        return event_emb
+    best_e = np.argmax(event_emb @ query_d, axis=1)
+    return event_emb[np.arange(len(event_emb)), best_e]
+
+
+class DualEncoder:
+    """PE-Core or SigLIP 2. Frames and texts go through in chunks of one compiled shape."""
+
+    def __init__(
+        self, cfg: clip.Config, params: dict, tokenizer: Callable, *, fingerprint: str = "", dtype=None,
+        chunk: int = 16, mesh=None,
+    ):  # fmt: skip
+        """Args:
+        tokenizer: texts -> int32 [N, context].
+        fingerprint: of the weights; default a hash of `params`.
+        dtype: of the computation; default bfloat16 on an accelerator, float32 on a CPU.
+        mesh: chunks are split over its data and fsdp axes.
+        """
+        family = siglip2 if cfg.family == "siglip2" else perception_encoder
+        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self.cfg, self.params, self.name = cfg, params, cfg.name or cfg.family
+        self.chunk = -(-chunk // self._ways) * self._ways
+        weights = fingerprint or store.tree_sha256(jax.device_get(params))
+        self.fingerprint = f"{self.name} {cfg.image.size}px squash-bilinear {weights}"
+        self._tokenizer = tokenizer
+        self._place = (lambda x: x) if mesh is None else (lambda x: jax.device_put(x, sharding.batch(mesh)))
+        self._images = jax.jit(lambda p, x: clip.unit(family.bind(cfg, p, dtype=dtype).embed_images(x)))
+        self._texts = jax.jit(lambda p, x: clip.unit(family.bind(cfg, p, dtype=dtype).embed_texts(x)))
+
+    def embed_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Unit vectors float32 [T, D] of uint8 frames [T, H, W, 3] of any size."""
+        rows = range(0, len(frames), self.chunk)
+        parts = [self._chunk(self._images, squash(frames[i : i + self.chunk], self.cfg.image.size)) for i in rows]
+        return np.concatenate(parts) if parts else np.zeros((0, self.cfg.output), np.float32)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors float32 [N, D]; a text longer than the model reads is cut as published."""
+        tokens_nl = self._tokenizer(list(texts))
+        parts = [self._chunk(self._texts, tokens_nl[i : i + self.chunk]) for i in range(0, len(texts), self.chunk)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.cfg.output), np.float32)
+
+    def _chunk(self, run: Callable, rows: np.ndarray) -> np.ndarray:
+        """Rows padded to a power of two (one question needs no full chunk) that divides over the mesh."""
+        size = min(1 << (len(rows) - 1).bit_length(), self.chunk)
+        size = -(-size // self._ways) * self._ways
+        padded = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
+        return np.asarray(run(self.params, self._place(padded)), np.float32)[: len(rows)]
+
+
+class SmallEncoder:
+    """The retriever that a run trained: pairs of frames through the model's vision tower, and questions."""
+
+    name = "retriever"
+
+    def __init__(self, cfg, params: dict, retriever: dict, size: int, queries: Callable, chunk: int = 16):
+        """Args:
+        params: of the Qwen2.5-VL whose tower the retriever was trained on; `size`: side of its square frames.
+        queries: texts -> (tokens int32 [N, L], mask bool [N, L]), e.g. `batches.Prompter.queries`.
+        """
+        from data_pipelines import patches
+
+        self.params, self.retriever, self._queries, self._chunk = params, retriever, queries, chunk
+        self._patches = lambda frames: patches.frames_to_pixel_patches(patches.resize_frames(frames, size, size))
+        self.fingerprint = store.tree_sha256(jax.device_get(retriever))
+        grid_hw = (size // patches.PATCH, size // patches.PATCH)
+
+        @jax.jit
+        def run(params, retriever, pixels_tnc):
+            features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), grid_hw)
+            return embed.embed_patches(retriever, features)
+
+        self._run, self._ask = run, jax.jit(lambda p, tokens, mask: embed.embed_questions(p, tokens, mask))
+
+    def embed_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Unit vectors float32 [T, D]; both frames of a temporal patch share theirs."""
+        pixels, n = self._patches(frames)[0], self._chunk
+        parts = []
+        for i in range(0, len(pixels), n):
+            part = pixels[i : i + n]
+            padded = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.uint8)])
+            parts.append(np.asarray(self._run(self.params, self.retriever, padded))[: len(part)])
+        return np.repeat(np.concatenate(parts), 2, axis=0)[: len(frames)]
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors float32 [N, D]."""
+        return np.asarray(self._ask(self.retriever, *self._queries(list(texts))))
+
+
+def open_encoder(folder, *, dtype=None, mesh=None, chunk: int = 16) -> DualEncoder:
+    """PE-Core or SigLIP 2 from a folder: a checkpoint of tools/convert_pe.py, or published safetensors.
+
+    The tokenizer's file lies in the folder too: CLIP's merges or a tokenizer.json.
+
+    Raises:
+      WeightsError, checkpoint.CheckpointError, TokenizerError: one line naming the file and the reason.
+    """
+    folder = pathlib.Path(folder)
+    step = checkpoint.latest(folder, verify="size") if folder.is_dir() else None
+    param_dtype = jnp.float32
+    if step is not None:
+        meta = checkpoint.read_meta(folder, step)
+        param_dtype = meta.get("dtype", param_dtype)
+        try:
+            cfg = clip.config_from(meta["model"])
+        except (KeyError, ValueError, TypeError) as e:
+            raise WeightsError(f"{folder}: a checkpoint, but not of PE-Core or SigLIP 2 ({e})") from None
+    else:
+        files = open_folder(folder)
+        cfg = clip_weights.recognise({name: file.tensors[name][1] for name, file in files.items()}, str(folder))
+        if clip_weights.form_of(files) == "timm":
+            raise WeightsError(f"{folder}: timm's file holds the image tower alone; questions need the text tower too")
+    load_tokenizer = SiglipTokenizer.load if cfg.family == "siglip2" else ClipTokenizer.load
+    tokenizer = load_tokenizer(folder, cfg.text.context)
+    family = siglip2 if cfg.family == "siglip2" else perception_encoder
+    target = family.abstract(cfg, jnp.dtype(param_dtype), mesh)
+    if step is not None:
+        tree, _ = checkpoint.restore(folder, {"params": target}, step, partial=True)
+        params, mark = tree["params"], _sha256((folder / f"step_{step:08d}" / "manifest.json").read_bytes())
+    else:
+        params = clip_weights.load(folder, cfg, target)
+        mark = _sha256("".join(sorted({store.file_sha256(file.path) for file in files.values()})).encode())
+    return DualEncoder(cfg, params, tokenizer, fingerprint=mark, dtype=dtype, mesh=mesh, chunk=chunk)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
