@@ -77,8 +77,10 @@ class Indexer:
     def entry(self, clip: video.Clip, sha256: str, spans: list | None = None) -> store.MemoryEntry:
         """The memory of one decoded clip. Event embedding: mean of its patches' unit vectors, renormalised.
 
+        Features are kept of every patch, also of those in no event.
+
         Args:
-          spans: its events in temporal patches; default those that `memory.events` finds.
+          spans: its events in temporal patches, in time order; default those that `memory.events` finds.
         """
         features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
         spans = events.segment(clip.frames, self.sampling.fps) if spans is None else spans
@@ -100,5 +102,5 @@ class Indexer:
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
         clip = self.sampling.read(path)
-        spans = self.shots.spans(path, clip.seconds[::2]) if self.shots else None
+        spans = self.shots.spans(path, clip.seconds) if self.shots else None
         return self.entry(clip, store.file_sha256(path), spans)
