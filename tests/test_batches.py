@@ -52,7 +52,8 @@ def test_patches_between_events_are_read_with_the_video_but_not_with_an_event():
     start, length = np.array([[0, 3, 5]]), np.array([[2, 1, 2]])  # patches 2 and 4 are transitions
     videos = batches.Videos(start + 40, start, length, length > 0, np.zeros((1, 3, 1), np.float32))
     index = videos.index(batches.Sizes(patches=9, events=3, event=2, question=22, answer=13))
-    assert index.patch_bt[0, :7].tolist() == list(range(40, 47)) and index.mask_bt[0].tolist() == [True] * 7 + [False] * 2
+    assert index.patch_bt[0, :7].tolist() == list(range(40, 47))
+    assert index.mask_bt[0].tolist() == [True] * 7 + [False] * 2
     assert index.event_bt[0].tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
     full = views.select(views.View(), index, None, np.arange(50)[:, None, None], 2, None)
     assert full.patches_bsnc[0, :7, 0, 0].tolist() == list(range(40, 47)) and full.mask_bs.sum() == 7

@@ -130,9 +130,10 @@ def difference(a: Descriptor, b: Descriptor) -> float:
 class Segmenter:
     """Online segmentation: `push` one frame at a time; state and delay are bounded.
 
-    Borders come in increasing order and are never taken back. They are reported with a delay: a cut after a tenth of a second, a dissolve after at most `longest_blend` frames, a fade when
-    the blank has ended, the change point of a drifting take after at most `drift_seconds`. What the last moments of a
-    stream would still have confirmed is not reported.
+    Borders come in increasing order and are never taken back. They are reported with a delay: a cut after a tenth of a
+    second, a dissolve after at most `longest_blend` frames, a fade when the blank has ended, the change point of a
+    drifting take after at most `drift_seconds`. What the last moments of a stream would still have confirmed is not
+    reported.
     """
 
     def __init__(self, fps: float, options: Options | None = None):
@@ -215,7 +216,8 @@ class Segmenter:
     def _dissolve(self, step: float) -> Border | None:
         """The first frame that is more new than old, when a run of similar steps has just ended as a mixture.
 
-        The run ends where a step falls to 0.6 of the one before; it reaches back while steps are at least half of it.
+        The run ends where a step falls to 0.6 of the one before, and of the median of a run of more than three (coded
+        video repeats a pattern of larger and smaller steps); it reaches back while steps are at least half of its last.
         """
         if len(self.steps) < 4 or step > 0.6 * self.steps[-2]:
             return None
@@ -223,12 +225,13 @@ class Segmenter:
         length = next((i for i, s in enumerate(past) if s < 0.5 * past[0]), len(past))
         if not 2 <= length <= len(self.frames) - 2 or self.now - 1 - length < self.start:
             return None  # a cut, or longer than we remember, or already divided
+        if length > 3 and step > 0.6 * np.median(past[:length]):
+            return None  # still going on
         frames = list(self.frames)[-length - 2 : -1]  # the two ends and what lies between
         a, b = frames[0], frames[-1]
         far = self.options.blend * (2 if length < self.blend_frames else 1)
-        content = max(4.0, 0.5 * max(f.contrast for f in frames[1:-1]))
-        if difference(a, b) < far or min(a.contrast, b.contrast) < content:
-            return None  # too near, or one end is a blank or nearly blank frame: a fade, which `_fade` places
+        if difference(a, b) < far or min(a.contrast, b.contrast) < 4.0 or dimmed(a, b):
+            return None  # too near, or one end is a blank frame or a faint copy of the other: a fade, for `_fade`
         share, residual = mixture(a, frames[1:-1], b)
         jumps = np.diff(np.concatenate([[0.0], share, [1.0]]))
         if residual > self.options.residual or jumps.max() > 0.8 or jumps.min() < -0.1:
@@ -274,6 +277,13 @@ def change_point(content_nd: np.ndarray) -> int:
     return 1 + int(np.argmax(np.sum(left**2, axis=1) * (1 / k + 1 / (n - k))))
 
 
+def dimmed(a: Descriptor, b: Descriptor) -> bool:
+    """Whether one of two frames is the other at less than half its contrast, as on the way to a blank frame."""
+    x, y = (f.cells - f.cells.mean(axis=0) for f in (a, b))
+    like = np.sum(x * y) / (np.sqrt(np.sum(x**2) * np.sum(y**2)) + 1e-6)
+    return bool(like > 0.8) and min(a.contrast, b.contrast) < 0.5 * max(a.contrast, b.contrast)
+
+
 def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np.ndarray, float]:
     """Fits x = a + s (b - a) to each frame between.
 
@@ -303,9 +313,9 @@ def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> l
 def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> list[tuple[int, int]]:
     """Event spans [start, end) in temporal patches, in time order, each at least one patch.
 
-    Patches of a transition lie between two events and belong to neither, and so does a patch with a border inside. Where
-    an event would be left with none, it has all from its own border to the next, a border inside a patch giving that
-    patch to the new event. An odd last frame counts as a patch.
+    Patches of a transition lie between two events and belong to neither, and so does a patch with a border inside.
+    Where an event would be left with none, it has all from its own border to the next, a border inside a patch giving
+    that patch to the new event. An odd last frame counts as a patch.
 
     Args:
       frames: uint8 RGB [T, H, W, 3], as sampled (not necessarily the file's own rate).

@@ -44,7 +44,9 @@ class Shots:
     def borders(self, path) -> np.ndarray:
         """float64 [E - 1, 3] in seconds: when each shot but the first begins, and its transition's first frame and end.
 
-        A gradual transition divides the shots at its middle; a cut is over when it begins. Raises VideoError as `video.read_frames`.
+        A gradual transition divides the shots at its middle; a cut is over when it begins.
+
+        Raises VideoError as `video.read_frames`.
         """
         clip = video.read_frames(path, fps=None, resize=(self.cfg.height, self.cfg.columns))
         count = int(clip.index[-1]) + 1  # without the repeated last frame of an odd number

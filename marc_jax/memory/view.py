@@ -30,7 +30,8 @@ class View:
     """A named way to look at a video.
 
     Attributes:
-      select: "all" patches (also those of transitions between events), those of the k events "retrieve"d for the question, one "random" patch, or "none".
+      select: "all" patches, also those between two events, those of the k events "retrieve"d for the question, one
+        "random" patch, or "none".
       method: "keep" every chosen patch, greedy "merge" to `keep` patches (MARC), one patch "per_event", plain "mean" of
         all, or "pooled": p uniformly spaced patches, each pooled to a single token (equal tokens, space given up).
       k: events retrieved.

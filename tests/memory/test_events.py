@@ -186,6 +186,20 @@ def test_real_cuts(test_data, name, cuts):
 def test_real_fades_through_black_and_white(test_data):
     frames, fps = read(test_data / "videos" / "fades.mp4")
     assert events.score_borders(events.borders(frames, fps), [42, 84, 126, 167, 209], 2) == (1.0, 1.0)
+    inside = {p for start, stop in events.segment(frames, fps) for p in range(start, stop)}
+    level = frames.reshape(len(frames), -1).mean(axis=1).reshape(-1, 2)  # of both frames of a patch
+    blank = np.flatnonzero(((level < 10) | (level > 245)).all(axis=1) & (np.arange(125) > 5) & (np.arange(125) < 119))
+    assert len(blank) >= 20 and not inside & set(blank.tolist())
+    assert set(np.flatnonzero(((level > 30) & (level < 225)).all(axis=1)).tolist()) <= inside
+
+
+def test_a_real_dissolve_is_in_no_event(test_data):
+    """Frames 126 to 150 of nasa_13013.mp4 show two pictures."""
+    frames, fps = read(test_data / "videos" / "nasa_13013.mp4")
+    (border, _) = events.replay(frames, fps)
+    assert abs(border.begin - 126) <= 2 and abs(border.end - 151) <= 2 and border.begin < border.frame < border.end
+    inside = {p for start, stop in events.segment(frames, fps) for p in range(start, stop)}
+    assert not inside & set(range(-(-border.begin // 2), border.end // 2))
 
 
 SINGLE = {"768x576.avi": (), "chaplin.mp4": (), "dog.mp4": (), "test.avi": (), "VID00003-20100701-2204.3GP": ()}
