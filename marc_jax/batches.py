@@ -31,7 +31,11 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """B videos as spans of a patch bank. `start_be`, `len_be` count patches inside the video, `row_be` in the bank."""
+    """B videos as spans of a patch bank. `start_be`, `len_be` count patches inside the video, `row_be` in the bank.
+
+    Patches between two spans, a transition, are in no event; they are read with the video's other patches and lie in
+    the bank right before the next event's.
+    """
 
     row_be: np.ndarray
     start_be: np.ndarray
@@ -40,12 +44,11 @@ class Videos:
     emb_bed: np.ndarray
 
     def index(self, sizes: Sizes) -> VideoIndex:
-        """Spans -> padded patch rows."""
+        """Spans -> padded patch rows; a patch between two events counts with the later one in `event_bt`."""
         t = np.arange(sizes.patches)[None, :, None]
-        after_bte, before_bte = t >= self.start_be[:, None], t < (self.start_be + self.len_be)[:, None]
-        inside_bte = after_bte & before_bte & self.mask_be[:, None]
-        mask_bt = inside_bte.any(-1)
-        event_bt = np.where(mask_bt, inside_bte.argmax(-1), sizes.events)
+        ahead_bte = (t < (self.start_be + self.len_be)[:, None]) & self.mask_be[:, None]
+        mask_bt = ahead_bte.any(-1)
+        event_bt = np.where(mask_bt, ahead_bte.argmax(-1), sizes.events)
         slot_bt = np.minimum(event_bt, sizes.events - 1)
         row_bt = np.take_along_axis(self.row_be - self.start_be, slot_bt, 1) + t[..., 0]
         return VideoIndex(

@@ -5,6 +5,8 @@ import pytest
 
 from data_pipelines.synthetic import recompose, scenes, vocabulary
 from marc_jax import batches
+from marc_jax.memory import retrieve
+from marc_jax.memory import view as views
 from marc_jax.tokenizer import Tokenizer
 
 SIZES = batches.Sizes(patches=16, events=8, event=2, question=22, answer=13)
@@ -44,6 +46,20 @@ def test_spans_become_the_patches_of_their_events(source):
         n = len(want)
         assert index.patch_bt[b, :n].tolist() == want and index.event_bt[b, :n].tolist() == owner
         assert index.mask_bt[b].tolist() == [True] * n + [False] * (SIZES.patches - n)
+
+
+def test_patches_between_events_are_read_with_the_video_but_not_with_an_event():
+    start, length = np.array([[0, 3, 5]]), np.array([[2, 1, 2]])  # patches 2 and 4 are transitions
+    videos = batches.Videos(start + 40, start, length, length > 0, np.zeros((1, 3, 1), np.float32))
+    index = videos.index(batches.Sizes(patches=9, events=3, event=2, question=22, answer=13))
+    assert index.patch_bt[0, :7].tolist() == list(range(40, 47))
+    assert index.mask_bt[0].tolist() == [True] * 7 + [False] * 2
+    assert index.event_bt[0].tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
+    full = views.select(views.View(), index, None, np.arange(50)[:, None, None], 2, None)
+    assert full.patches_bsnc[0, :7, 0, 0].tolist() == list(range(40, 47)) and full.mask_bs.sum() == 7
+    ids, valid = np.arange(3)[None], np.ones((1, 3), bool)
+    patch, mask, _ = retrieve.gather_patches(ids, valid, index.start_be, index.len_be, 2)
+    assert patch[mask].tolist() == [0, 1, 3, 5, 6]
 
 
 def test_needed_events_are_those_of_the_question(source):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from marc_jax.memory import events, store
+
 SHRINK = '''
 import runpy
 
@@ -80,6 +82,21 @@ def test_the_report_is_whole(place):
     pictures = [folder / sample["path"] for sample in results["samples"]]
     assert len(pictures) == 2 and all(path.stat().st_size > 10_000 for path in pictures)
     assert "<html" in (folder / "report.html").read_text() and (folder / "report.md").stat().st_size > 1000
+
+
+def test_the_memory_keeps_blended_patches_but_no_event_has_them(place):
+    memory = store.MemoryReader(place / "run" / "memory", None)
+    with pytest.raises(store.StaleMemory, match=f"segmenter: {events.FINGERPRINT} in the memory, events 2 wanted"):
+        store.MemoryReader(place / "run" / "memory", store.fingerprint(segmenter="events 2"))
+    records = {record["path"]: record for record in json.loads((place / "run" / "data" / "test.json").read_text())}
+    blended = left_out = 0
+    for name, record in records.items():
+        entry, drawn = memory[name], record["events"]
+        inside = {p for start, stop in entry.event_spans.tolist() for p in range(start, stop)}
+        truth = {event["start_patch"] for event in drawn if event["dissolve"]}
+        assert len(entry.tokens) == drawn[-1]["end_patch"]
+        blended, left_out = blended + len(truth), left_out + len(truth - inside)
+    assert blended and left_out > 0.8 * blended
 
 
 def test_a_finished_run_does_nothing_again_and_another_config_is_refused(place, repo):

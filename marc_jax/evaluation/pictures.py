@@ -24,7 +24,8 @@ class Sample:
     Attributes:
       frames: uint8 [T, H, W, 3], RGB.
       seconds: [T] time of every frame.
-      event_spans: (start, end) of every event in temporal patches of 2 frames, end excluded, in time order.
+      event_spans: (start, end) of every event in temporal patches of 2 frames, end excluded, in time order;
+        patches between two are a transition and belong to none.
       question, options: as asked; options may be empty.
       answers: {arm: (text, correct)}; correct is None when nobody knows.
       truth: the true answer, or None.

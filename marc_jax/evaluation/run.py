@@ -93,11 +93,14 @@ def _spans(records, found, first, sizes: Sizes) -> Videos:
 
 
 def segmentation(found: dict, records: list[dict]) -> dict:
-    """Precision and recall (%) of event borders in patches, against the annotation."""
+    """Precision and recall (%) of event borders in patches, against the annotation.
+
+    An annotated event starts where it begins to show: a found border is where the event before it ends.
+    """
     truth = {r["path"]: [e["start_patch"] for e in r["events"]][1:] for r in records}
     hits = guesses = reals = exact = 0
     for name, entry in found.items():
-        guess = set(entry.event_spans[1:, 0].tolist())
+        guess = set(entry.event_spans[:-1, 1].tolist())
         hits += len(guess & set(truth[name]))
         guesses, reals, exact = guesses + len(guess), reals + len(truth[name]), exact + (guess == set(truth[name]))
     return {

@@ -14,18 +14,24 @@ long take that has drifted away from its own beginning is split at its change po
 one after, explain the last seconds best. The level is a low quantile of recent differences, so it follows the camera's
 unrest and is not raised by the borders themselves.
 
+A border knows which frames around it show both scenes of a dissolve, or the blank of a fade. An event's span leaves out
+the temporal patches that hold one of them: merged into the event, or into its embedding, they would bring in another
+scene. They lie between the events, and who looks at the whole video still sees them. An event none of whose patches is
+clean keeps them all.
+
 The segmenter is causal with a bounded delay; `segment` is its replay, so both give the same borders. It is the default
 where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has the measurements behind its choices.
 """
 
 import collections
 import dataclasses
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 GRID, SIDE, BINS = 16, 64, 8
-FINGERPRINT = "events 2"  # raised whenever borders change: memories made before are then stale
+FINGERPRINT = "events 3"  # raised whenever spans change: memories made before are then stale
 DUPLICATE = 0.01  # S of a frame shown twice, or of a still scene: says nothing about the camera's unrest
 
 
@@ -64,6 +70,19 @@ class Options:
     def __post_init__(self):
         if self.min_len < 1 or (self.max_len is not None and self.max_len < self.min_len):
             raise ValueError(f"need 1 <= min_len <= max_len, got {self.min_len} and {self.max_len}")
+
+
+class Border(NamedTuple):
+    """Where an event begins, in frames.
+
+    Attributes:
+      frame: the first frame of the new event; in a dissolve, the first that is more new than old.
+      begin, end: the frames begin..end - 1 show both scenes, or none; begin <= frame <= end, all equal in a cut.
+    """
+
+    frame: int
+    begin: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +130,10 @@ def difference(a: Descriptor, b: Descriptor) -> float:
 class Segmenter:
     """Online segmentation: `push` one frame at a time; state and delay are bounded.
 
-    Borders are frame indices, the first frame of each new event, in increasing order, never taken back. They are
-    reported with a delay: a cut after a tenth of a second, a dissolve after at most `longest_blend` frames, a fade when
-    the blank has ended, the change point of a drifting take after at most `drift_seconds`. What the last moments of a
-    stream would still have confirmed is not reported.
+    Borders come in increasing order and are never taken back. They are reported with a delay: a cut after a tenth of a
+    second, a dissolve after at most `longest_blend` frames, a fade when the blank has ended, the change point of a
+    drifting take after at most `drift_seconds`. What the last moments of a stream would still have confirmed is not
+    reported.
     """
 
     def __init__(self, fps: float, options: Options | None = None):
@@ -139,7 +158,7 @@ class Segmenter:
         self.stride = max(1, self.drift_frames // 64)
         self.past = collections.deque(maxlen=self.drift_frames // self.stride + 1)
 
-    def push(self, frame: np.ndarray) -> list[int]:
+    def push(self, frame: np.ndarray) -> list[Border]:
         """Takes the next frame, uint8 RGB [H, W, 3]; returns the borders it confirms."""
         seen = describe(frame)
         step = difference(self.frames[-1], seen) if self.frames else 0.0
@@ -153,34 +172,35 @@ class Segmenter:
         level = float(np.quantile(self.recent, 0.3))
         candidates = (self._fade(seen), self._cut(level), self._dissolve(step), self._drift(seen))
         found = []
-        for border in sorted({c for c in candidates if c is not None}):
+        # Two kinds may name one frame: the one that knows the longer transition counts.
+        for border in sorted((c for c in candidates if c), key=lambda c: (c.frame, c.begin - c.end)):
             self._accept(border, found)
         longest = self.options.max_len and self.options.max_len * self.options.frames_per_patch
         if longest and self.now - self.start > longest + self.options.longest_blend:
-            self._open(self.start + longest, found)
+            self._open(sharp(self.start + longest), found)
         return found
 
-    def _accept(self, border: int, found: list[int]):
+    def _accept(self, border: Border, found: list[Border]):
         patch = self.options.frames_per_patch
         longest = self.options.max_len and self.options.max_len * patch
-        while longest and border - self.start > longest:
-            self._open(self.start + longest, found)
-        if border // patch - self.start // patch >= self.options.min_len:
+        while longest and border.frame - self.start > longest:
+            self._open(sharp(self.start + longest), found)
+        if border.frame // patch - self.start // patch >= self.options.min_len:
             self._open(border, found)
 
-    def _open(self, border: int, found: list[int]):
+    def _open(self, border: Border, found: list[Border]):
         found.append(border)
-        self.start, self.drifted, self.beginning = border, 0, self.rested.get(border)
+        self.start, self.drifted, self.beginning = border.frame, 0, self.rested.get(border.frame)
 
-    def _fade(self, seen: Descriptor) -> int | None:
+    def _fade(self, seen: Descriptor) -> Border | None:
         """The middle of a run of blank frames, once it has ended."""
         if seen.cells.max() < self.options.blank or seen.cells.min() > 255 - self.options.blank:
             self.blank_from = self.now if self.blank_from is None else self.blank_from
             return None
         begun, self.blank_from = self.blank_from, None
-        return (begun + self.now) // 2 if begun else None
+        return Border((begun + self.now) // 2, begun, self.now) if begun else None
 
-    def _cut(self, level: float) -> int | None:
+    def _cut(self, level: float) -> Border | None:
         """The frame `near` frames ago, if its step towers over all within `near` frames and has lasted."""
         near = self.near
         if self.now < near + 1:
@@ -191,12 +211,13 @@ class Segmenter:
         if it <= max(self.options.cut, 2 * level, self.options.peak * others + self.options.above):
             return None
         lasting = difference(self.frames[-near - 2], self.frames[-1]) >= self.options.lasts * it
-        return self.now - near if lasting else None
+        return sharp(self.now - near) if lasting else None
 
-    def _dissolve(self, step: float) -> int | None:
+    def _dissolve(self, step: float) -> Border | None:
         """The first frame that is more new than old, when a run of similar steps has just ended as a mixture.
 
-        The run ends where a step falls to 0.6 of the one before; it reaches back while steps are at least half of it.
+        The run ends where a step falls to 0.6 of the one before, and of the median of a run of more than three (coded
+        video repeats a pattern of larger and smaller steps); it reaches back while steps are at least half of its last.
         """
         if len(self.steps) < 4 or step > 0.6 * self.steps[-2]:
             return None
@@ -204,19 +225,21 @@ class Segmenter:
         length = next((i for i, s in enumerate(past) if s < 0.5 * past[0]), len(past))
         if not 2 <= length <= len(self.frames) - 2 or self.now - 1 - length < self.start:
             return None  # a cut, or longer than we remember, or already divided
+        if length > 3 and step > 0.6 * np.median(past[:length]):
+            return None  # still going on
         frames = list(self.frames)[-length - 2 : -1]  # the two ends and what lies between
         a, b = frames[0], frames[-1]
         far = self.options.blend * (2 if length < self.blend_frames else 1)
-        content = max(4.0, 0.5 * max(f.contrast for f in frames[1:-1]))
-        if difference(a, b) < far or min(a.contrast, b.contrast) < content:
-            return None  # too near, or one end is a blank or nearly blank frame: a fade, which `_fade` places
+        if difference(a, b) < far or min(a.contrast, b.contrast) < 4.0 or dimmed(a, b):
+            return None  # too near, or one end is a blank frame or a faint copy of the other: a fade, for `_fade`
         share, residual = mixture(a, frames[1:-1], b)
         jumps = np.diff(np.concatenate([[0.0], share, [1.0]]))
         if residual > self.options.residual or jumps.max() > 0.8 or jumps.min() < -0.1:
             return None
-        return self.now - 1 - length + 1 + int(np.argmax(np.append(share, 1.0) >= 0.5))
+        begin = self.now - length
+        return Border(begin + int(np.argmax(np.append(share, 1.0) >= 0.5)), begin, self.now - 1)
 
-    def _drift(self, seen: Descriptor) -> int | None:
+    def _drift(self, seen: Descriptor) -> Border | None:
         """The change point of a take far from its beginning, once the change has come to rest (or after 2 s)."""
         if self.beginning is None and self.now - self.start >= self.second:
             self.beginning = self._mean_content(self.start, self.start + self.second)
@@ -233,12 +256,17 @@ class Segmenter:
         self.last_drift = self.now
         # Not the first second of the new event, which may still belong to the change.
         self.rested = {border: self._mean_content(max(border, self.now - self.second), self.now)}
-        return border
+        return sharp(border)
 
     def _mean_content(self, first: int, last: int) -> np.ndarray:
         """Mean content of the remembered frames first..last; of the one nearest to `first` if there is none."""
         near = [content for i, content in self.past if first <= i <= last]
         return np.mean(near or [min(self.past, key=lambda entry: abs(entry[0] - first))[1]], axis=0)
+
+
+def sharp(frame: int) -> Border:
+    """A border without a transition."""
+    return Border(frame, frame, frame)
 
 
 def change_point(content_nd: np.ndarray) -> int:
@@ -247,6 +275,13 @@ def change_point(content_nd: np.ndarray) -> int:
     left = np.cumsum(content_nd - content_nd.mean(axis=0), axis=0)[:-1]  # centred, so the right part sums to -left
     k = np.arange(1, n)
     return 1 + int(np.argmax(np.sum(left**2, axis=1) * (1 / k + 1 / (n - k))))
+
+
+def dimmed(a: Descriptor, b: Descriptor) -> bool:
+    """Whether one of two frames is the other at less than half its contrast, as on the way to a blank frame."""
+    x, y = (f.cells - f.cells.mean(axis=0) for f in (a, b))
+    like = np.sum(x * y) / (np.sqrt(np.sum(x**2) * np.sum(y**2)) + 1e-6)
+    return bool(like > 0.8) and min(a.contrast, b.contrast) < 0.5 * max(a.contrast, b.contrast)
 
 
 def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np.ndarray, float]:
@@ -264,16 +299,23 @@ def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np
     return share, float(np.max(unexplained / (np.sum(way**2, axis=1)[best].sum(axis=1) + 1e-6)))
 
 
-def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> list[int]:
-    """First frame of each event but the first, for a whole clip uint8 RGB [T, H, W, 3]: the replay of `Segmenter`."""
+def replay(frames: np.ndarray, fps: float, options: Options | None = None) -> list[Border]:
+    """What `Segmenter` says of a whole clip uint8 RGB [T, H, W, 3]."""
     segmenter = Segmenter(fps, options)
     return [border for frame in frames for border in segmenter.push(frame)]
 
 
-def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> list[tuple[int, int]]:
-    """Event spans [start, end) in temporal patches that cover the clip.
+def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> list[int]:
+    """First frame of each event but the first, of a whole clip uint8 RGB [T, H, W, 3]."""
+    return [border.frame for border in replay(frames, fps, options)]
 
-    A border inside a patch gives that patch to the new event. An odd last frame counts as a patch.
+
+def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> list[tuple[int, int]]:
+    """Event spans [start, end) in temporal patches, in time order, each at least one patch.
+
+    Patches of a transition lie between two events and belong to neither, and so does a patch with a border inside.
+    Where an event would be left with none, it has all from its own border to the next, a border inside a patch giving
+    that patch to the new event. An odd last frame counts as a patch.
 
     Args:
       frames: uint8 RGB [T, H, W, 3], as sampled (not necessarily the file's own rate).
@@ -282,21 +324,27 @@ def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> l
     options = options or Options()
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames must be uint8 [T, H, W, 3] with T >= 1, got {frames.dtype} {frames.shape}")
-    return spans(borders(frames, fps, options), len(frames), options)
+    return spans(replay(frames, fps, options), len(frames), options)
 
 
-def spans(found: list[int], num_frames: int, options: Options) -> list[tuple[int, int]]:
-    """Borders in frames -> spans in patches; a last event shorter than min_len joins the one before it."""
+def spans(found: list[Border], num_frames: int, options: Options) -> list[tuple[int, int]]:
+    """Borders in frames -> spans in patches as in `segment`.
+
+    A last event shorter than min_len joins the one before it; min_len counts an event's transitions too.
+    """
     patch = options.frames_per_patch
     end = -(-num_frames // patch)
-    starts = [0, *dict.fromkeys(b // patch for b in found if 0 < b // patch < end)]
+    starts = [0, *dict.fromkeys(b.frame // patch for b in found if 0 < b.frame // patch < end)]
     if len(starts) > 1 and end - starts[-1] < options.min_len:
         starts.pop()
-    cover = []
+    mixed = {p for b in found for p in range(b.begin // patch, -(-b.end // patch)) if b.frame // patch in starts}
+    out = []
     for start, stop in zip(starts, [*starts[1:], end], strict=True):
+        clean = [p for p in range(start, stop) if p not in mixed]
+        start, stop = (clean[0], clean[-1] + 1) if clean else (start, stop)
         longest = options.max_len or stop - start
-        cover += [(s, min(s + longest, stop)) for s in range(start, stop, longest)]
-    return cover
+        out += [(s, min(s + longest, stop)) for s in range(start, stop, longest)]
+    return out
 
 
 def segment_features(feat_tnd: np.ndarray, options: Options | None = None, *, floor=0.1) -> list[tuple[int, int]]:
@@ -317,7 +365,7 @@ def segment_features(feat_tnd: np.ndarray, options: Options | None = None, *, fl
     for border in (np.flatnonzero(high) + 1).tolist():
         if border - (found[-1] if found else 0) >= options.min_len:
             found.append(border)
-    return spans(found, len(feat), options)
+    return spans([sharp(border) for border in found], len(feat), options)
 
 
 def score_borders(found, truth, tolerance: int) -> tuple[float, float]:

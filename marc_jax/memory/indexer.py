@@ -95,8 +95,10 @@ class Indexer:
     ) -> store.MemoryEntry:
         """The memory of one decoded clip.
 
+        Features are kept of every patch, also of those in no event.
+
         Args:
-          spans: its events in temporal patches; default those that `memory.events` finds.
+          spans: its events in temporal patches, in time order; default those that `memory.events` finds.
           full: the clip's frames in the file's own size, for the encoder; default those of the clip.
         """
         features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
@@ -126,5 +128,5 @@ class Indexer:
         else:
             whole = self.sampling.read_full(path)
             clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds[::2]) if self.shots else None
+        spans = self.shots.spans(path, clip.seconds) if self.shots else None
         return self.entry(clip, store.file_sha256(path), spans=spans, full=full)

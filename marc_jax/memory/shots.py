@@ -1,12 +1,11 @@
 """Events of a file by TransNetV2: every frame at the file's own rate, shot borders as times, spans in patches.
 
     shots = Shots.load("weights/transnetv2")           # made by tools/convert_transnetv2.py
-    shots.borders("film.mp4")                          # seconds at which each shot but the first begins
+    shots.borders("film.mp4")                          # seconds at which each shot but the first begins, and the
+                                                       # begin and end of the transition to it
 
 It sees cuts and gradual transitions, not changes inside one take: `memory.events` is the default.
 """
-
-import dataclasses
 
 import jax
 import numpy as np
@@ -26,7 +25,8 @@ class Shots:
 
     def __init__(self, cfg: transnetv2.Config, params: dict, *, threshold: float = 0.5, batch: int = 8):
         self.cfg, self.params, self.threshold, self.batch = cfg, params, threshold, batch
-        self.fingerprint = {"transnetv2": store.tree_sha256(jax.device_get(params)), "threshold": threshold}
+        network = store.tree_sha256(jax.device_get(params))
+        self.fingerprint = {"transnetv2": network, "threshold": threshold, "spans": events.FINGERPRINT}
 
     @classmethod
     def load(cls, folder, *, threshold: float = 0.5, batch: int = 8) -> "Shots":
@@ -42,18 +42,21 @@ class Shots:
         return cls(cfg, tree["params"], threshold=threshold, batch=batch)
 
     def borders(self, path) -> np.ndarray:
-        """float64 [E - 1]: when each shot but the first begins [s]; a gradual transition counts at its middle.
+        """float64 [E - 1, 3] in seconds: when each shot but the first begins, and its transition's first frame and end.
+
+        A gradual transition divides the shots at its middle; a cut is over when it begins.
 
         Raises VideoError as `video.read_frames`.
         """
         clip = video.read_frames(path, fps=None, resize=(self.cfg.height, self.cfg.columns))
         count = int(clip.index[-1]) + 1  # without the repeated last frame of an odd number
         one_hot, _ = transnetv2.predict(self.cfg, self.params, clip.frames[:count], batch=self.batch)
-        return clip.seconds[middles(transnetv2.scenes(one_hot, self.threshold))]
+        scenes = transnetv2.scenes(one_hot, self.threshold)
+        return clip.seconds[np.stack([middles(scenes), scenes[:-1, 1] + 1, scenes[1:, 0]], axis=1)]
 
-    def spans(self, path, seconds_t: np.ndarray, options: events.Options | None = None) -> list[tuple[int, int]]:
-        """Event spans [start, end) in temporal patches that begin at `seconds_t`; as `events.segment`."""
-        return spans_of_times(self.borders(path), seconds_t, options)
+    def spans(self, path, seconds_f: np.ndarray, options: events.Options | None = None) -> list[tuple[int, int]]:
+        """Event spans [start, end) in temporal patches of frames shown at `seconds_f`; as `events.segment`."""
+        return spans_of_times(self.borders(path), seconds_f, options)
 
 
 def middles(scenes_e2: np.ndarray) -> np.ndarray:
@@ -61,16 +64,17 @@ def middles(scenes_e2: np.ndarray) -> np.ndarray:
     return (scenes_e2[:-1, 1] + scenes_e2[1:, 0] + 1) // 2
 
 
-def spans_of_times(borders_s, seconds_t, options: events.Options | None = None) -> list[tuple[int, int]]:
-    """Borders in seconds -> spans in patches; a border inside a patch gives that patch to the new event.
+def spans_of_times(borders_s3, seconds_f, options: events.Options | None = None) -> list[tuple[int, int]]:
+    """Borders in seconds (`Shots.borders`) -> spans in patches of the frames shown at `seconds_f`, as `events.segment`.
 
-    Events shorter than `options.min_len` join the one before, longer than `max_len` are cut.
+    A shot begins with the first of these frames that is not before it. Events shorter than `options.min_len` join the
+    one before, longer than `max_len` are cut.
     """
     options = options or events.Options()
-    seconds = np.asarray(seconds_t)
-    found = []
-    for patch in (np.searchsorted(seconds, np.asarray(borders_s) + 1e-6, side="right") - 1).tolist():
-        if patch - (found[-1] if found else 0) >= options.min_len:
-            found.append(patch)
-    plain = dataclasses.replace(options, frames_per_patch=1)
-    return events.spans(found, len(seconds), plain)
+    found, patch, last = [], options.frames_per_patch, 0
+    for times in np.asarray(borders_s3).reshape(-1, 3):
+        border = events.Border(*np.searchsorted(seconds_f, times - 1e-6).tolist())
+        if border.frame // patch - last >= options.min_len:
+            found.append(border)
+            last = border.frame // patch
+    return events.spans(found, len(seconds_f), options)

@@ -69,8 +69,8 @@ class MemoryEntry:
     Attributes:
       video_sha256: of the file's bytes (`file_sha256`).
       seconds: float64 [T], timestamp of the first frame of each temporal patch.
-      event_spans: int32 [E, 2], start and end (exclusive) in temporal patches.
-      event_seconds: float64 [E, 2].
+      event_spans: int32 [E, 2], start and end (exclusive) in temporal patches; patches of a transition lie between two.
+      event_seconds: float64 [E, 2], when the span starts and ends.
       event_embeddings: float32 [E, d], L2-normalised.
       tokens: [T, p, D] visual tokens (or [T, n, V] tower features), in the dtype they were stored in; int8 stores
         come back as float32.

@@ -30,7 +30,8 @@ class View:
     """A named way to look at a video.
 
     Attributes:
-      select: "all" patches, those of the k events "retrieve"d for the question, one "random" patch, or "none".
+      select: "all" patches, also those between two events, those of the k events "retrieve"d for the question, one
+        "random" patch, or "none".
       method: "keep" every chosen patch, greedy "merge" to `keep` patches (MARC), one patch "per_event", plain "mean" of
         all, or "pooled": p uniformly spaced patches, each pooled to a single token (equal tokens, space given up).
       k: events retrieved.
@@ -72,8 +73,8 @@ class VideoIndex:
     Attributes:
       patch_bt: int32 [B, T]; row in the bank, 0 where masked.
       mask_bt: bool [B, T].
-      event_bt: int32 [B, T]; event slot of each patch, E where masked.
-      start_be, len_be: int32 [B, E]; an event's first patch and its number of patches.
+      event_bt: int32 [B, T]; event slot of each patch, E where masked; a patch between two events has the later one's.
+      start_be, len_be: int32 [B, E]; an event's first patch and its number of patches, without transitions.
       mask_be: bool [B, E].
       emb_bed: float32 [B, E, D]; L2-normalised event embeddings.
     """

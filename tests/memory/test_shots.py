@@ -25,12 +25,18 @@ def test_transitions_are_divided_in_the_middle():
 
 
 def test_times_become_patches():
-    seconds = np.arange(6) * 0.5
-    assert shots.spans_of_times([1.0, 1.9], seconds) == [(0, 2), (2, 3), (3, 6)]
-    assert shots.spans_of_times([0.2, 1.1, 1.2], seconds) == [(0, 2), (2, 6)]
-    assert shots.spans_of_times([], seconds) == [(0, 6)]
+    seconds = np.arange(12) * 0.25
+    cuts = lambda *times: np.repeat(times, 3).reshape(-1, 3)  # noqa: E731
+    assert shots.spans_of_times(cuts(1.0, 1.9), seconds) == [(0, 2), (2, 4), (4, 6)]
+    assert shots.spans_of_times(cuts(), seconds) == [(0, 6)]
     options = events.Options(min_len=2, max_len=3)
-    assert shots.spans_of_times([0.5, 2.5], seconds, options) == [(0, 3), (3, 6)]
+    assert shots.spans_of_times(cuts(0.5, 2.5), seconds, options) == [(0, 3), (3, 6)]
+
+
+def test_patches_of_a_transition_belong_to_no_event():
+    seconds = np.arange(12) * 0.25
+    assert shots.spans_of_times([[1.25, 0.9, 1.6]], seconds) == [(0, 2), (4, 6)]
+    assert shots.spans_of_times([[1.1, 1.1, 1.1]], seconds) == [(0, 2), (3, 6)]  # a cut between a patch's two frames
 
 
 def test_a_file_has_the_borders_of_its_frames(test_data, params, monkeypatch):
@@ -40,13 +46,13 @@ def test_a_file_has_the_borders_of_its_frames(test_data, params, monkeypatch):
     monkeypatch.setattr(transnetv2, "predict", lambda cfg, p, frames, batch: (asked.append(frames), one_hot)[1:] * 2)
     found = shots.Shots(CFG, params).borders(test_data / "videos" / "bikes.mp4")
     assert asked[0].shape == (250, 27, 48, 3)
-    np.testing.assert_allclose(found, [30 / 25, 76 / 25])
+    np.testing.assert_allclose(found, np.repeat([[30 / 25], [76 / 25]], 3, axis=1))
 
 
 def test_an_odd_number_of_frames_is_not_padded(test_data, params):
     name = test_data / "videos" / "kryp-2.ts"  # 33 frames
     worker = shots.Shots(CFG, params, batch=1)
-    assert worker.spans(name, np.arange(5) * 0.25)[-1][1] == 5
+    assert worker.spans(name, np.arange(10) * 0.125)[-1][1] == 5
     with pytest.raises(VideoError, match="corrupted.mp4"):
         worker.borders(test_data / "videos" / "corrupted.mp4")
 

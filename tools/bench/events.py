@@ -119,7 +119,7 @@ def ours(path):
         segmenter, found, descriptors, spent = events.Segmenter(reader.info.fps), [], [], 0.0
         for _, frame in reader.decode(np.arange(len(reader.times))):
             begun = time.perf_counter()
-            found += segmenter.push(frame)
+            found += [border.frame for border in segmenter.push(frame)]
             spent += time.perf_counter() - begun
             descriptors.append(segmenter.frames[-1])
         return descriptors, reader.info.fps, found, 1000 * spent / len(reader.times)
