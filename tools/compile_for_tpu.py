@@ -22,6 +22,7 @@ TOPOLOGY_SETTINGS = {
     "JAX_PLATFORMS": "cpu",  # the TPU is a description here
     "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip to fight over: several compilations at a time
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
@@ -99,22 +100,24 @@ def compile_all(programs: dict[str, Callable[[], Program]], devices, rows: list[
     hbm, missed = tpu_program.HBM_GIB.get(devices[0].device_kind, float("inf")), []
     for name, make in programs.items():
         program = make()
+        held = tpu_program.largest(program.args)
         try:
+            if sum(size for _, size in held) > hbm * 2**30:
+                raise MemoryError(f"{sum(size for _, size in held) / 2**30:.1f} GiB of arguments per chip")
             cost = compile_program(program)
         except Exception as e:
-            lines = tpu_program.refusal(str(e))
+            lines = [str(e)] if isinstance(e, MemoryError) else tpu_program.refusal(str(e))
             if lines is None:
                 raise
-            missed.append(name)
-            print(f"{name}: DOES NOT FIT", *lines, sep="\n    ")
         else:
             show(name, cost, len(devices), hbm)
             rows.append(row(name, cost))
             if cost.memory <= hbm * 2**30:
                 continue
-            missed.append(name)
-            print(f"{name}: DOES NOT FIT {hbm:.0f} GiB")
-        for path, size in tpu_program.largest(program.args):
+            lines = [f"{cost.memory / 2**30:.1f} GiB per chip"]
+        missed.append(name)
+        print(f"{name}: DOES NOT FIT {hbm:.0f} GiB", *lines, sep="\n    ")
+        for path, size in held[:5]:
             print(f"    argument {path}: {size / 2**30:.2f} GiB per chip")
     return missed
 

@@ -142,7 +142,8 @@ def _training(cfg, shapes: Shapes, b: int, chunk, bind: dict):
 
     def seen(view):
         grid = view["grid"]
-        visual = shapes.visual(b, view["patches"], grid[0] * grid[1], cfg.vision.patch_dim, jnp.uint8)
+        # As stages do by default: the frozen tower's features come from the bank, the merger trains.
+        visual = shapes.visual(b, view["patches"], grid[0] * grid[1], cfg.vision.hidden_size, jnp.bfloat16)
         return shapes.prompt(b, view["prompt"]), visual
 
     def program(make, *others):

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 
 import jax
+import jax.extend.core
 import numpy as np
 
 HBM_GIB = {  # per device that JAX sees
@@ -66,7 +67,7 @@ def flops(jaxpr, shards: int = 1) -> int:
             times = math.prod(int(n) for n in params["grid_mapping"].grid)
         elif name == "shard_map":
             inner = shards * params["mesh"].size
-        bodies = [flops(body, inner) for body in jax.core.jaxprs_in_params(params)]
+        bodies = [flops(body, inner) for body in jax.extend.core.jaxprs_in_params(params)]
         total += times * (max(bodies, default=0) if name == "cond" else sum(bodies))
     return total
 
@@ -127,14 +128,14 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     return {kind: tuple(totals[kind]) for kind in KINDS if kind in totals}
 
 
-def largest(tree, count: int = 5) -> list[tuple[str, int]]:
-    """The arguments that take most bytes on one chip: (path, bytes)."""
+def largest(tree) -> list[tuple[str, int]]:
+    """(path, bytes on one chip) of every array of a tree, the largest first."""
     rows = []
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
         if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             rows.append((jax.tree_util.keystr(path), math.prod(shape) * np.dtype(x.dtype).itemsize))
-    return sorted(rows, key=lambda row: -row[1])[:count]
+    return sorted(rows, key=lambda row: -row[1])
 
 
 def refusal(message: str, count: int = 5) -> list[str] | None:

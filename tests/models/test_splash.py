@@ -8,7 +8,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from marc_jax import sharding
-from marc_jax.models import attention, splash
+from marc_jax.models import attention, qwen25_vl, splash
+from marc_jax.rl import rollout
+from marc_jax.rl.types import Completions, PromptBatch
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -101,3 +103,32 @@ def test_meshes(mesh, b, n, kv, dtype):
         return own + whole[:, None]
 
     same(run, arrays, (b, g, r, n, h), dtype)
+
+
+def test_a_models_scores_and_gradients_do_not_depend_on_the_backend():
+    """Vision tower with full rows of 256, prompt, two suffixes each, and gradients into everything, in float32."""
+    cfg = qwen25_vl.tiny(num_layers=1, vision_depth=1, fullatt_block_indexes=(0,))
+    mesh = sharding.make_mesh(2, 2, 2)
+    b, g, r, p, grid = 4, 2, 7, 80, (16, 16)
+    rng = np.random.default_rng(0)
+    index = np.where(np.arange(p) < 64, np.arange(p), -1)
+    pos = np.broadcast_to(np.arange(p), (3, b, p))
+    prompt = PromptBatch(
+        rng.integers(7, 300, (b, p)), np.arange(p) < 77 - np.arange(b)[:, None], pos, np.tile(index, (b, 1)),
+        np.full(b, p),
+    )  # fmt: skip
+    mask = np.arange(r) < np.array([[7, 3]] * b)[..., None]
+    done = Completions(rng.integers(7, 300, (b, g, r)), mask, np.zeros((b, g, r), np.float32))
+    patches = rng.standard_normal((b, 256, cfg.vision.patch_dim)).astype(np.float32)
+    params = qwen25_vl.init(cfg, jax.random.key(0), mesh=mesh)
+    patches = jax.device_put(patches, sharding.batch(mesh))
+
+    def loss(params, impl):
+        model = qwen25_vl.bind(cfg, params, attention=impl)
+        logp = rollout.score(model, model.vision(patches, grid), prompt, done)
+        return -logp.sum() / mask.sum(), logp
+
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    pairs = zip(*(jax.tree_util.tree_leaves_with_path(run(params, impl)) for impl in ("splash", "xla")), strict=True)
+    for (path, mine), (_, plain) in pairs:
+        np.testing.assert_allclose(mine, plain, atol=1e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
