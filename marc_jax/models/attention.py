@@ -1,23 +1,26 @@
 """Attention kernels: grouped queries without repeated keys, and the joint softmax over a shared prefix.
 
-Backends: "cudnn" (flash attention through `jax.nn.dot_product_attention`), "xla" (plain einsums, any platform);
-"auto" takes cudnn for half precision on a GPU and xla elsewhere. Scores and softmax are float32 in all of them.
+Backends: "cudnn" (flash attention through `jax.nn.dot_product_attention`), "splash" (TPU, see `splash`), "xla" (plain
+einsums, any platform); "auto" takes cudnn on a GPU and splash on a TPU for half precision, and xla elsewhere. Scores
+and softmax are float32 in all of them.
 """
 
 import jax
 import jax.numpy as jnp
+
+from marc_jax.models import splash
 
 NEG = -1e30  # finite: a row whose keys are all masked gives finite garbage, never NaN
 
 
 def backend(name: str, dtype) -> str:
     """Resolves "auto" for this platform and dtype; an unknown name is a ValueError."""
-    if name not in ("auto", "xla", "cudnn"):
-        raise ValueError(f"attention={name!r}: expected 'auto', 'xla' or 'cudnn'")
+    if name not in ("auto", "xla", "cudnn", "splash"):
+        raise ValueError(f"attention={name!r}: expected 'auto', 'xla', 'cudnn' or 'splash'")
     if name != "auto":
         return name
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    return {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla") if half else "xla"
 
 
 def _pad_axis1(x: jax.Array, length: int) -> jax.Array:
@@ -122,6 +125,8 @@ def bidirectional(q_blnh: jax.Array, k_blnh: jax.Array, v_blnh: jax.Array, impl:
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
         return _cudnn(q_blnh, k_blnh, v_blnh, lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32))
+    if backend(impl, q_blnh.dtype) == "splash" and splash.fits(q_blnh.shape[1]):
+        return splash.bidirectional(q_blnh, k_blnh, v_blnh, lengths)
     q_blnh = q_blnh * q_blnh.shape[-1] ** -0.5
     scores = jnp.einsum("blnh,bsnh->bnls", q_blnh, k_blnh, preferred_element_type=jnp.float32)
     if lengths is not None:
@@ -139,6 +144,8 @@ def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
         return _cudnn(q_blnh, k_blkh, v_blkh, causal=True)
+    if backend(impl, q_blnh.dtype) == "splash":
+        return splash.causal(q_blnh, k_blkh, v_blkh, mask_bl)
     kv, length = k_blkh.shape[2], q_blnh.shape[1]
     keys, values = (a[:, None].transpose(0, 3, 1, 2, 4) for a in (k_blkh, v_blkh))
     ok = _causal_mask(mask_bl[:, None], q_blnh.shape[2] // kv)
@@ -151,7 +158,7 @@ def _causal_mask(mask_bgr: jax.Array, heads: int) -> jax.Array:
     return (jnp.repeat(order, heads)[:, None] >= order) & mask_bgr[:, :, None, :]
 
 
-def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp) -> jax.Array:
+def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp, impl="xla") -> jax.Array:
     """Suffixes of a group over one shared prefix: a joint softmax of two blocks of keys. -> [b, g, r, n, h].
 
         keys:      prefix p (masked)          own suffix r (causal, masked)
@@ -160,6 +167,8 @@ def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_ma
     The prefix block is one matmul per (prompt, key head) whose rows are all G x R queries: the prefix is read once,
     never repeated G times. The blocks share one maximum and one sum.
     """
+    if backend(impl, q_bgrnh.dtype) == "splash":
+        return splash.prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp)
     kv, r = k_bpkh.shape[2], q_bgrnh.shape[2]
     own = (a.transpose(0, 3, 1, 2, 4) for a in (k_bgrkh, v_bgrkh))
     prefix = (a.transpose(0, 2, 1, 3) for a in (k_bpkh, v_bpkh))

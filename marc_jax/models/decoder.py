@@ -155,7 +155,8 @@ class Decoder(nnx.Module):
 
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         def attend(q, k, v, mine):
-            return attention.prefix_causal(q, k, v, mask_bgr, mine.k, mine.v, prefix_mask_bp)
+            impl = self.runtime.attention
+            return attention.prefix_causal(q, k, v, mask_bgr, mine.k, mine.v, prefix_mask_bp, impl)
 
         return self._run(x_bgrd.astype(self.runtime.dtype), pos_3bgr, attend, prefix)[0]
 

@@ -291,7 +291,7 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
     Args:
       params: nested dict as `init` returns it, or packed for decoding (`pack`); cast to `dtype` where used.
       dtype: activation dtype.
-      attention: "auto", "xla" or "cudnn".
+      attention: "auto", "xla", "cudnn" or "splash".
       remat: recompute each layer in the backward pass.
     """
     runtime = Runtime(jnp.dtype(dtype), attention, remat)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK_BYTES = 256 * 2**20  # float32 logits alive at once when the caller does not choose a chunk
+CHUNK_BYTES = 256 * 2**20  # float32 logits alive at once, per device, when the caller does not choose a chunk
 DIVERGENCES = ("reverse", "forward", "jsd")
 
 
@@ -139,9 +139,11 @@ def chunked_divergence(student: jax.Array, student_head_dv: jax.Array, teacher: 
 def _over_chunks(one: Callable, heads, arrays: tuple, shape: tuple[int, ...], vocab: int, chunk: int | None):
     """Maps `one(heads, *arrays)` over chunks of axis len(shape) - 1, with remat; a single chunk needs no loop."""
     axis, length = len(shape) - 1, shape[-1]
+    heads, ways = _gathered(heads, arrays[0])
     rows = 1
     for size in shape[:-1]:
         rows *= size
+    rows = rows // ways if len(shape) > 1 and shape[0] % ways == 0 else rows
     chunk = chunk or max(1, CHUNK_BYTES // (4 * vocab * max(1, rows)))
     body = jax.checkpoint(one)
     if chunk >= length:
@@ -156,3 +158,21 @@ def _over_chunks(one: Callable, heads, arrays: tuple, shape: tuple[int, ...], vo
 
     out = jax.lax.map(lambda block: body(heads, *block), tuple(split(x) for x in arrays))
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, axis).reshape(*shape[:-1], -1)[..., :length], out)
+
+
+def _gathered(heads, rows):
+    """(heads whole on every row's device, devices over which rows are split): gathered once, not once per chunk.
+
+    Left split over "fsdp", a head is gathered in each chunk and its gradient reduced in each chunk; vocabulary rows
+    stay over "tensor" where they divide. Nothing changes outside a mesh.
+    """
+    mesh = jax.typeof(rows).sharding.mesh
+    if mesh.empty or mesh.manual_axes or not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+        return heads, 1
+
+    def one(head_dv):
+        over = "tensor" if head_dv.shape[-1] % mesh.shape["tensor"] == 0 else None
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, over))
+        return jax.lax.with_sharding_constraint(head_dv, place)
+
+    return jax.tree.map(one, heads), mesh.shape["data"] * mesh.shape["fsdp"]

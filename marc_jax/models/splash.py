@@ -1,0 +1,174 @@
+"""Splash attention: flash attention for TPUs that skips blocks its mask leaves empty (a Pallas kernel of JAX's own).
+
+One mask serves prompts and groups: G suffixes of R tokens over a shared prefix of P keys, where a prompt is the case
+P = 0, G = 1. All rows of a group are one long query axis, so the kernel reads the prefix once per block of queries and
+never holds [B, G, .., P] scores; blocks that would join two suffixes, or look ahead, are not in its grid.
+
+    keys:          prefix     g=0     g=1          which keys are real is data: segment ids (0 = padding)
+    query g=0      1 1 1 1    1 0     . .          `.`: whole blocks, skipped
+                   1 1 1 1    1 1     . .
+    query g=1      1 1 1 1    . .     1 0
+                   1 1 1 1    . .     1 1
+
+Backward is the kernel's own. Pallas calls are not partitioned by XLA: under a mesh each call is a `shard_map`, heads
+over "tensor", rows over "data" and "fsdp" (what does not divide stays whole). The mesh is read off the arrays or off
+`jax.set_mesh`; devices that are not TPUs run the same kernel in Pallas' interpreter, which is for tests.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as library
+from jax.sharding import PartitionSpec as P
+
+from marc_jax.sharding import RULES
+
+LANES = 128  # the kernel's smallest block
+BLOCKS = (512, 256, LANES)
+WINDOW = 2 * LANES  # rows shorter than this leave most of a block empty
+
+
+@dataclasses.dataclass(frozen=True)
+class Suffixes(library.Mask):
+    """Static mask [queries, prefix + queries]: all of the prefix, and causally those of the own suffix of `length`."""
+
+    prefix: int
+    length: int
+    queries: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.queries, self.prefix + self.queries
+
+    def __getitem__(self, index) -> np.ndarray:
+        query, key = (np.arange(*part.indices(size)) for part, size in zip(index, self.shape, strict=True))
+        query, key = query[:, None], key[None, :] - self.prefix
+        return (key < 0) | ((query >= key) & (query // self.length == key // self.length))
+
+
+def fits(length: int) -> bool:
+    """Whether rows of this length are worth the kernel (one head of one row is at least one block of 128 x 128).
+
+    A vision window (64 patches) would fill a quarter of the smallest block and take a grid step for each of its heads,
+    thousands per layer; as a batched matmul of XLA its scores are small and the matrix unit is full.
+    """
+    return length >= WINDOW
+
+
+def causal(q_blnh, k_blkh, v_blkh, mask_bl) -> jax.Array:
+    """As `attention.causal`."""
+    b, length = mask_bl.shape
+    block = _block(length)
+    q, k, v = (_to(a, block).swapaxes(1, 2) for a in (q_blnh * q_blnh.shape[-1] ** -0.5, k_blkh, v_blkh))
+    mask = Suffixes(0, q.shape[2], q.shape[2])
+    return _call(mask, (block, block), q, k, v, _to(mask_bl, block)).swapaxes(1, 2)[:, :length]
+
+
+def bidirectional(q_blnh, k_blnh, v_blnh, lengths=None) -> jax.Array:
+    """As `attention.bidirectional`."""
+    b, length = q_blnh.shape[:2]
+    block = _block(length)
+    q, k, v = (_to(a, block).swapaxes(1, 2) for a in (q_blnh * q_blnh.shape[-1] ** -0.5, k_blnh, v_blnh))
+    ends = jnp.full((b,), length) if lengths is None else jnp.asarray(lengths)
+    real = None if lengths is None and q.shape[2] == length else jnp.arange(q.shape[2]) < ends[:, None]
+    mask = library.FullMask((q.shape[2], q.shape[2]))
+    return _call(mask, (block, block), q, k, v, real).swapaxes(1, 2)[:, :length]
+
+
+def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp) -> jax.Array:
+    """As `attention.prefix_causal`."""
+    b, g, r, n, h = q_bgrnh.shape
+    # From a block on, suffixes begin at block borders: then only diagonal blocks are partly masked.
+    length = r if r < LANES else -(-r // LANES) * LANES
+    block = _block(length if r >= LANES else g * length)
+
+    def flat(a):  # [b, g, r, ...] -> [b, whole blocks, ...]
+        a = _to(a, length, axis=2)
+        return _to(a.reshape(b, g * length, *a.shape[3:]), block)
+
+    keys = min(block, _block(prefix_mask_bp.shape[1]))
+    k, v, real = (
+        jnp.concatenate([_to(prefix, keys), flat(own)], axis=1)
+        for prefix, own in ((k_bpkh, k_bgrkh), (v_bpkh, v_bgrkh), (prefix_mask_bp, mask_bgr))
+    )
+    q = flat(q_bgrnh * h**-0.5)
+    mask = Suffixes(k.shape[1] - q.shape[1], length, q.shape[1])
+    out = _call(mask, (block, keys), *(a.swapaxes(1, 2) for a in (q, k, v)), real)
+    return out.swapaxes(1, 2)[:, : g * length].reshape(b, g, length, n, h)[:, :, :r]
+
+
+def _block(length: int) -> int:
+    """The largest block whose padding adds at most an eighth."""
+    return next((size for size in BLOCKS if 8 * (-length % size) <= length), LANES)
+
+
+def _to(a: jax.Array, block: int, axis: int = 1) -> jax.Array:
+    """Padded with zeros (False) to a multiple of `block`."""
+    short = -a.shape[axis] % block
+    return a if not short else jnp.pad(a, [(0, short if i == axis else 0) for i in range(a.ndim)])
+
+
+@functools.lru_cache(maxsize=128)
+def _kernel(mask: library.Mask, heads: int, blocks: tuple[int, int], interpret: bool):
+    queries, keys = blocks
+    with jax.ensure_compile_time_eval():  # its tables are constants, also when first met inside a trace
+        return library.make_splash_mha(
+            library.MultiHeadMask([mask] * heads),
+            block_sizes=library.BlockSizes(
+                block_q=queries, block_kv=keys, block_q_dkv=queries, block_kv_dkv=keys, block_q_dq=queries,
+                block_kv_dq=keys,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )  # fmt: skip
+
+
+def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
+    """Scaled queries [b, n, q, h] over keys and values [b, k, s, h] of which `real_bs` are real. -> [b, n, q, h]."""
+    mesh = _mesh(q_bnqh)
+    device = None if mesh is None else getattr(mesh, "abstract_device", None)
+    platform = jax.default_backend() if device is None else device.platform
+    (b, n), kv = q_bnqh.shape[:2], k_bksh.shape[1]
+    rows, tensor = None, 1
+    if mesh is not None:
+        rows = _rows(b, mesh)
+        tensor = mesh.shape.get("tensor", 1)
+        tensor = tensor if n % tensor == 0 and (kv % tensor == 0 or tensor % kv == 0) else 1
+        if kv % tensor:  # fewer key heads than devices: each key head where its query heads are
+            k_bksh, v_bksh = (jnp.repeat(a, tensor // kv, axis=1) for a in (k_bksh, v_bksh))
+    kernel = _kernel(mask, n // tensor, blocks, platform != "tpu")
+
+    def local(q, k, v, real):
+        if real is None:
+            return jax.vmap(kernel)(q, k, v)
+        ones = jnp.ones((q.shape[2],), jnp.int32)
+        return jax.vmap(lambda q, k, v, ok: kernel(q, k, v, library.SegmentIds(ones, ok)))(q, k, v, real)
+
+    real_bs = None if real_bs is None else real_bs.astype(jnp.int32)
+    if mesh is None:
+        return local(q_bnqh, k_bksh, v_bksh, real_bs)
+    spec = P(rows, "tensor" if tensor > 1 else None)
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False
+    )
+    return run(q_bnqh, k_bksh, v_bksh, real_bs)
+
+
+def _mesh(x: jax.Array):
+    """The mesh the computation is for: of the array's type, else of `jax.set_mesh`; None on one device by default."""
+    of_type = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    for mesh in (of_type, jax.sharding.get_abstract_mesh()):
+        if mesh is not None and not mesh.empty:
+            return None if mesh.manual_axes else mesh
+    return None
+
+
+def _rows(b: int, mesh) -> tuple[str, ...] | None:
+    """Mesh axes over which b rows divide: data and fsdp, else the first of them that does."""
+    axes = tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
+    tries = [axes, *((axis,) for axis in axes)]
+    return next((names for names in tries if b % int(np.prod([mesh.shape[name] for name in names])) == 0), None)

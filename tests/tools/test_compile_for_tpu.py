@@ -1,0 +1,132 @@
+"""Programs compiled for a TPU on this machine: the arithmetic always, the compiler where libtpu is installed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from marc_jax import sharding
+from marc_jax.models import attention
+from tools import compile_for_tpu, tpu_program
+
+TEXT = """HloModule jit_step
+
+%cond.1 (p: (s32[], bf16[8])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(36)
+  %p = (s32[], bf16[8]{0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+%fused.1 (a: bf16[8,4]) -> bf16[8,64] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,64]{1,0:T(8,128)} all-gather(%a), channel_id=7, dimensions={1}
+}
+
+%body.1 (p: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %all-gather.1 = bf16[8,64]{1,0:T(8,128)} all-gather(%x), channel_id=7, dimensions={1}
+  %fusion.1 = bf16[8,64]{1,0} fusion(%x), kind=kCustom, calls=%fused.1
+}
+
+%until_all_have_stopped (p: (s32[])) -> pred[] {
+  ROOT %call = pred[] fusion(%p), kind=kLoop, calls=%other
+}
+
+ENTRY %main.1 (a: f32[4]) -> f32[4] {
+  %while.1 = (s32[], bf16[8]{0}) while(%t), condition=%cond.1, body=%body.1
+  %while.2 = (s32[]) while(%t), condition=%until_all_have_stopped, body=%body.2
+  %all-reduce-start = (f32[100]{0}, f32[100]{0}) all-reduce-start(%a), channel_id=9, to_apply=%sum
+  %all-reduce-done = f32[100]{0} all-reduce-done(%all-reduce-start)
+}
+
+%body.2 (p: (s32[])) -> (s32[]) {
+  %collective-permute.1 = f32[3]{0} collective-permute(%a), channel_id=11
+}
+"""
+
+
+def test_collectives_count_loops_and_each_channel_once():
+    assert tpu_program.collectives(TEXT) == {
+        "all-gather": (36, 36 * 8 * 64 * 2),
+        "all-reduce": (1, 400),
+        "collective-permute": (1, 12),
+    }
+
+
+def test_flops_count_scans_and_shards():
+    mesh = sharding.make_mesh(2, 2, 2)
+
+    def f(x, w):
+        half = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0], half(x)
+
+    jaxpr = jax.make_jaxpr(f)(jnp.zeros((6, 4)), jnp.zeros((5, 4, 4))).jaxpr
+    assert tpu_program.flops(jaxpr) == 5 * 2 * 6 * 4 * 4 + 8 * 2 * 3 * 3 * 4
+
+
+def test_a_refusal_names_the_largest_buffers():
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.
+  Used 20.1G of 15.75G hbm.
+  1. Size: 9.00G
+     Operator: op_name="jit(step)/dot_general"
+     Shape: f32[1,2]{1,0}
+  2. Size: 3.00G
+     Shape: bf16[7]{0}"""
+    first, *buffers = tpu_program.refusal(message)
+    assert "Ran out of memory" in first
+    assert [line.split("  ")[0] for line in buffers] == ["1. Size: 9.00G", "2. Size: 3.00G"]
+    assert "f32[1,2]" in buffers[0] and "dot_general" in buffers[0]
+    assert tpu_program.refusal("INTERNAL: Mosaic failed") is None
+
+
+def test_wrong_arguments_are_one_line(capsys):
+    assert compile_for_tpu.main(["--topology=v5e:2x2"]) == 2
+    assert "either --model or --config" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chips():
+    pytest.importorskip("libtpu", reason="libtpu is not installed (the extra [tpu]): nothing can compile for a TPU")
+    return compile_for_tpu.devices_of("v5e:2x2")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (1, 2, 2)])
+def test_splash_compiles_for_a_tpu_with_its_gradients(chips, shape):
+    mesh = sharding.make_mesh(*shape, devices=chips)
+
+    def rows(*dims, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+
+    b, g, r, p, kv, h = 4, 2, 31, 150, 2, 128
+    ok, ok_prefix = rows(b, g, r, dtype=bool), rows(b, p, dtype=bool)
+    arrays = (rows(b, g, r, 8, h), *[rows(b, g, r, kv, h)] * 2, *[rows(b, p, kv, h)] * 2)
+
+    def loss(arrays, vision, ok, ok_prefix):
+        q, k, v, k_prefix, v_prefix = arrays
+        own = attention.prefix_causal(q, k, v, ok, k_prefix, v_prefix, ok_prefix, "splash")
+        prompt = attention.causal(k_prefix, k_prefix, v_prefix, ok_prefix, "splash")
+        seen = attention.bidirectional(vision, vision, vision, "splash")
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in (own, prompt, seen))
+
+    program = compile_for_tpu.Program(jax.grad(loss, (0, 1)), (arrays, rows(b, 324, 2, 80), ok, ok_prefix))
+    compiled = jax.jit(program.run).lower(*program.args).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 9  # three calls, each forward, dq and dkv
+
+
+def test_a_model_that_does_not_fit_is_refused_by_name(chips, capsys):
+    assert compile_for_tpu.main(["--model=72b", "--topology=v5e:2x2", "--only=prefill_243"]) == 1
+    out = capsys.readouterr()
+    assert "prefill_243: DOES NOT FIT 16 GiB" in out.out and "['text']" in out.out
+    assert "does not fit: prefill_243" in out.err
+
+
+def test_a_small_prefill_reports_memory_and_collectives(chips, capsys):
+    assert compile_for_tpu.main(["--model=tiny", "--topology=v5e:2x2", "--mesh=1,2,2", "--only=prefill_243"]) == 0
+    out = capsys.readouterr().out
+    assert "GiB of 16 GiB per chip" in out and "all-gather" in out
+
+
+def test_an_unknown_topology_is_one_line(chips, capsys):
+    assert compile_for_tpu.main(["--model=tiny", "--topology=v9z:2x2"]) == 2
+    assert "--topology=v9z:2x2" in capsys.readouterr().err

@@ -1,0 +1,231 @@
+"""The programs `tools.compile_for_tpu` compiles: those of a model size, or the training stages of an experiment.
+
+Shapes only: parameters, state and batches are ShapeDtypeStructs with the shardings a run gives them.
+"""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from marc_jax import optim, settings, sharding, state
+from marc_jax.memory import view as views
+from marc_jax.memory.view import View, Visual
+from marc_jax.models import qwen25_vl
+from marc_jax.rl import rollout, step
+from marc_jax.rl.loss import LossConfig
+from marc_jax.rl.parity import parity
+from marc_jax.rl.rollout import Sampling
+from marc_jax.rl.types import Completions, PromptBatch
+from tools.compile_for_tpu import Program
+
+TRAINABLE = ("text/.*", "vision/merger/.*")
+# performance.md's shapes: 64 frames = 32 temporal patches of 18 x 18, and one patch of 22 x 22 merged from eight.
+FULL = {"patches": 32, "grid": (18, 18), "prompt": 32 * 81 + 122}
+MERGED = {"patches": 8, "grid": (22, 22), "prompt": 121 + 122}
+GROUP, NEW = 8, 256
+
+
+class Shapes:
+    """ShapeDtypeStructs on one mesh: B over data and fsdp."""
+
+    def __init__(self, cfg, mesh):
+        self.cfg, self.mesh = cfg, mesh
+
+    def rows(self, shape, dtype=jnp.int32, axis=0):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch(self.mesh, axis))
+
+    def params(self, dtype):
+        return qwen25_vl.abstract(self.cfg, dtype, self.mesh)
+
+    def state(self, tx, trainable, frozen_dtype):
+        """Trained parameters and moments in float32, the frozen rest in `frozen_dtype`."""
+        trained, frozen = optim.partition(self.params(jnp.float32), trainable)
+        frozen = {k: jax.ShapeDtypeStruct(x.shape, frozen_dtype, sharding=x.sharding) for k, x in frozen.items()}
+        return state.abstract(tx, trained, frozen, mesh=self.mesh)
+
+    def prompt(self, b, p) -> PromptBatch:
+        rows = self.rows
+        return PromptBatch(rows((b, p)), rows((b, p), bool), rows((3, b, p), axis=1), rows((b, p)), rows((b,)))
+
+    def visual(self, b, s, n, c, dtype) -> Visual:
+        rows = self.rows
+        return Visual(rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32))
+
+    def completions(self, b, g, r) -> Completions:
+        shape = (b, g, r)
+        return Completions(self.rows(shape), self.rows(shape, bool), self.rows(shape, jnp.float32))
+
+    def sft(self, prompt, visual, b, g, r):
+        shape = (b, g, r)
+        return step.SFTBatch(prompt, visual, self.rows(shape), self.rows(shape, bool), self.rows(shape, bool))
+
+    def keys(self, b, g):
+        return jax.ShapeDtypeStruct((b, g), jax.eval_shape(lambda: jax.random.key(0)).dtype,
+                                    sharding=sharding.batch(self.mesh))
+
+
+def keep_state(step_fn, first):
+    """The step with its new state where the old one lies, as `marc_jax.stages` jits it."""
+    places = jax.tree.map(lambda x: x.sharding, first)
+
+    def run(now, *others):
+        now, metrics = step_fn(now, *others)
+        return jax.lax.with_sharding_constraint(now, places), metrics
+
+    return run
+
+
+def notes(cfg, mesh) -> list[str]:
+    """Dimensions that stay whole on this mesh."""
+    return [f"note: {fall}" for fall in sharding.fallbacks(qwen25_vl.describe(cfg), mesh)]
+
+
+def of_model(flags, devices):
+    """(mesh, {name: () -> Program}, notes) of a model size."""
+    mesh = sharding.make_mesh(*(int(n) for n in flags.mesh.split(",")), devices=devices)
+    tiny = {"num_heads": 4, "num_kv_heads": 2, "hidden_size": 256, "vision_hidden_size": 128, "vocab_size": 512}
+    cfg = qwen25_vl.tiny(**tiny) if flags.model == "tiny" else qwen25_vl.qwen25_vl(flags.model)
+    bind = {"dtype": jnp.bfloat16, "attention": flags.attention}
+    b = flags.batch or mesh.shape["data"] * mesh.shape["fsdp"]
+    made = _inference(cfg, Shapes(cfg, mesh), b, bind)
+    bind["remat"] = not flags.no_remat
+    made |= _training(cfg, Shapes(cfg, mesh), b, flags.chunk or None, bind)
+    return mesh, made, [f"{b} videos per step", *notes(cfg, mesh)]
+
+
+def _sampling(cfg) -> Sampling:
+    banned = (cfg.image_token_id, cfg.video_token_id, cfg.vision_start_token_id, cfg.vision_end_token_id)
+    return Sampling(NEW, cfg.eos_token_ids, cfg.pad_token_id, banned_ids=banned)
+
+
+def _inference(cfg, shapes: Shapes, b: int, bind: dict):
+    half, t = jnp.bfloat16, cfg.text
+
+    def vision(params, patches):
+        return qwen25_vl.bind(cfg, params, **bind).vision(patches, FULL["grid"])
+
+    def prefill(params, vis, prompt):
+        return rollout.prefill(qwen25_vl.bind(cfg, params, **bind), vis, prompt)
+
+    def decode(params, prefix, keys):
+        return rollout.decode(qwen25_vl.bind(cfg, params, **bind), prefix, keys, _sampling(cfg))
+
+    def vision_program():
+        n = FULL["grid"][0] * FULL["grid"][1]
+        return Program(vision, (shapes.params(half), shapes.rows((b * FULL["patches"], n, cfg.vision.patch_dim), half)))
+
+    def prefill_program(p):
+        vis = shapes.rows((b, p - 122, t.hidden_size), half)
+        return Program(prefill, (shapes.params(half), vis, shapes.prompt(b, p)))
+
+    def decode_program(p):
+        kv = shapes.rows((t.num_layers, b, p, t.num_kv_heads, t.head_dim), half, axis=1)
+        prefix = rollout.Prefix(
+            shapes.rows((b, t.hidden_size), half), qwen25_vl.KV(kv, kv), shapes.rows((b, p), bool), shapes.rows((b,))
+        )
+        return Program(decode, (shapes.params(half), prefix, shapes.keys(b, GROUP)))
+
+    made = {"vision": vision_program}
+    for p in (FULL["prompt"], MERGED["prompt"]):
+        made[f"prefill_{p}"] = functools.partial(prefill_program, p)
+    return made | {f"decode_{MERGED['prompt']}": functools.partial(decode_program, MERGED["prompt"])}
+
+
+def _training(cfg, shapes: Shapes, b: int, chunk, bind: dict):
+    tx, how = optim.make({}, 1000), _sampling(cfg)
+    encode = views.make_encode(View("all", "merge", keep=1), MERGED["grid"], 2.0)
+    encode_full = views.make_encode(View("all", "keep"), FULL["grid"], 2.0)
+    first = functools.partial(shapes.state, tx, TRAINABLE, jnp.bfloat16)
+
+    def seen(view):
+        grid = view["grid"]
+        # As stages do by default: the frozen tower's features come from the bank, the merger trains.
+        visual = shapes.visual(b, view["patches"], grid[0] * grid[1], cfg.vision.hidden_size, jnp.bfloat16)
+        return shapes.prompt(b, view["prompt"]), visual
+
+    def program(make, *others):
+        now = first()
+        return Program(keep_state(make, now), (now, *others), (0,))
+
+    def sft(view, encode):
+        make = step.make_sft_step(cfg, encode, tx, chunk=chunk, **bind)
+        return program(make, shapes.sft(*seen(view), b, GROUP, NEW))
+
+    def grpo():
+        make = step.make_grpo_step(cfg, encode, tx, how, LossConfig(), chunk=chunk, **bind)
+        batch = step.GRPOBatch(*seen(MERGED), shapes.completions(b, GROUP, NEW), shapes.rows((b, GROUP), jnp.float32))
+        return program(make, batch, shapes.params(jnp.bfloat16))
+
+    def distill():
+        make = step.make_distill_step(cfg, encode, encode_full, tx, how, chunk=chunk, **bind)
+        batch = step.DistillBatch(*seen(MERGED), *seen(FULL), shapes.completions(b, GROUP, NEW))
+        return program(make, batch, shapes.params(jnp.bfloat16))
+
+    return {
+        f"sft_{MERGED['prompt']}": functools.partial(sft, MERGED, encode),
+        f"sft_{FULL['prompt']}": functools.partial(sft, FULL, encode_full),
+        f"grpo_{MERGED['prompt']}": grpo,
+        "distill": distill,
+    }
+
+
+def of_experiment(path: str, overrides, attention: str, devices):
+    """(mesh, {stage: () -> Program}, notes) of an experiment's SFT, distillation and C-GRPO stages."""
+    from data_pipelines.synthetic import vocabulary
+    from marc_jax import run
+
+    config = settings.experiment(path, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary.write_tokenizer(Path(folder) / "tokenizer.json")
+        here = run.surroundings(settings_on_host(config), Path(folder))
+    mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
+    names = [name for name in config.stages if config[name].kind != "retriever"]
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in names:
+        if config[name].videos % ways:
+            raise ValueError(f"config.{name}.videos = {config[name].videos} does not divide over {ways} chips")
+    shapes = Shapes(here.cfg, mesh)
+    made = {name: functools.partial(_stage, here, name, config[name], shapes, attention) for name in names}
+    return mesh, made, notes(here.cfg, mesh)
+
+
+def settings_on_host(config):
+    """The config with a mesh of this machine's devices: the topology's are not there to put arrays on."""
+    here = config.copy_and_resolve_references()
+    here.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    return here
+
+
+def _stage(here, name: str, stage, shapes: Shapes, attention: str) -> Program:
+    cfg, sizes, tx = here.cfg, here.sizes, optim.make(stage.optimizer, stage.steps)
+    per_patch, b = here.grid_hw[0] * here.grid_hw[1], stage.videos
+    now = shapes.state(tx, tuple(stage.trainable), jnp.float32)
+    encode = functools.partial(views.make_encode, grid_hw=here.grid_hw, time_scale=here.time_scale)
+
+    def seen(name, rest):
+        view = here.view(name)
+        width, dtype = (cfg.vision.patch_dim, jnp.uint8)
+        if stage.visual == "features":
+            width, dtype = cfg.vision.hidden_size, jnp.float32
+        visual = shapes.visual(b, view.patches(sizes.patches, sizes.event), per_patch, width, dtype)
+        kept = view.kept(sizes.patches, sizes.event)
+        return encode(view), shapes.prompt(b, 3 + kept * per_patch // 4 + rest), visual
+
+    if stage.kind == "sft":
+        look, *batch = seen(stage.view, 0)
+        make = step.make_sft_step(cfg, look, tx, attention=attention)
+        args = (shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer),)
+        return Program(keep_state(make, now), (now, *args))
+    how, done = here.decoding(stage.temperature), shapes.completions(b, stage.group, here.config.max_new_tokens)
+    look, *batch = seen(stage.view, sizes.question)
+    teacher = shapes.params(jnp.float32)
+    if stage.kind == "cgrpo":
+        make = step.make_grpo_step(cfg, look, tx, how, parity(stage.parity, kl_coef=stage.beta)[1], attention=attention)
+        grpo = step.GRPOBatch(*batch, done, shapes.rows((b, stage.group), jnp.float32))
+        return Program(keep_state(make, now), (now, grpo, teacher))
+    look_full, *full = seen(stage.teacher_view, sizes.question)
+    make = step.make_distill_step(cfg, look, look_full, tx, how, attention=attention)
+    return Program(keep_state(make, now), (now, step.DistillBatch(*batch, *full, done), teacher))
