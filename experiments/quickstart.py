@@ -40,8 +40,8 @@ def get_config():
 
     # Order is left out of the students' training: one merged patch has no time in it.
     student = {"init": "teacher", "view": "marc", "types": PAIRS[:-1], "videos": 64}
-    c.sft = {"kind": "sft", **student, "steps": 1200}
-    c.sft_whole = {"kind": "sft", **student, "view": "whole", "steps": 1200}
+    c.sft = {"kind": "sft", **student, "steps": 1450}
+    c.sft_whole = {"kind": "sft", **student, "view": "whole", "steps": 1450}
     c.distill = {"kind": "distill", **student, "steps": 600, "group": 2}
     # The teacher is over-sure of itself on merged tokens (two groups in three are all right or all wrong): T > 1.
     c.cgrpo = {"kind": "cgrpo", **student, "videos": 32, "steps": 600, "group": 8, "temperature": 1.2, "beta": 0.002}
