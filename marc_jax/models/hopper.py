@@ -1,9 +1,9 @@
 """Kernels for decoding on a Hopper GPU (H100, H200): a few rows against large weights, and one step of attention.
 
 Decoding reads every weight once per token, so its floor is bytes over bandwidth. XLA's matrix products of a few rows
-stop at about half of it and leave the memory idle in between; here one resident block per multiprocessor keeps a queue
-of bulk copies in flight, and asks for the next matrices before it leaves (Pallas, Mosaic GPU back end, jax >= 0.11).
-`available` says whether they can run; `marc_jax.models.packed` falls back to XLA where they cannot.
+stop at about half of it; here one resident block per multiprocessor keeps a queue of bulk copies in flight (Pallas,
+Mosaic GPU back end, jax >= 0.11; docs/performance.md has what they reach). `available` says whether they can run;
+`marc_jax.models.packed` falls back to XLA where they cannot.
 """
 
 import functools
@@ -68,8 +68,8 @@ def _tiled(dtype):
     return (plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128))
 
 
-@functools.partial(jax.jit, static_argnames=("glu", "ahead_bytes"))  # traced once, not once per layer
-def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = False, ahead_bytes: tuple = ()):
+@functools.partial(jax.jit, static_argnames="glu")  # traced once, not once per layer
+def stream(x_mk: jax.Array, w_nk: jax.Array, *, glu: bool = False) -> jax.Array:
     """x @ w.T of a few rows, weights streamed: float32 [pieces, M, N], to be summed over the first axis.
 
     Weights are the left operand of the tensor core (64 outputs high), x the right one (M columns), so no row of either
@@ -81,8 +81,6 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
     Args:
       x_mk: bfloat16, M a multiple of 8 and at most 64.
       w_nk: bfloat16 or int8 (unscaled), N a multiple of 64, each output's weights contiguous.
-      ahead: weights [N', K'] that the next kernels will read; `ahead_bytes` of each are asked into the second-level
-        cache when a block is done, so that memory works on while small kernels run.
       glu: w is [gate; up]: returns silu(x @ gate.T) * (x @ up.T), bfloat16 [M, N / 2]. A block walks over a tile of the
         gate, then over the same tile of up. Needs `plan` to give one piece, and bfloat16 weights.
     """
@@ -98,8 +96,7 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
     block_count = lanes * pieces
     narrow = w_nk.dtype == jnp.int8
 
-    def kernel(w_gmem, x_gmem, *rest):
-        *ahead_gmem, out_gmem, x_smem, barrier = rest
+    def kernel(w_gmem, x_gmem, out_gmem, x_smem, barrier):
         block = lax.axis_index("block")
         piece, lane = lax.rem(block, pieces), lax.div(block, pieces)
         mine = lax.div(tiles - lane + lanes - 1, lanes)  # tiles lane, lane + lanes, ..
@@ -153,14 +150,6 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
             max_concurrent_steps=QUEUE // (TILE * width * size),
             init_carry=(zeros,) * halves,
         )(w_gmem)
-        for ref, limit in zip(ahead_gmem, ahead_bytes, strict=True):
-            rows, columns = ref.shape
-            across = columns // 256
-            boxes = min(limit // (TILE * 256 * ref.dtype.itemsize), rows // TILE * across)
-            for i in range(-(-boxes // block_count)):
-                box = lax.min(block + i * block_count, boxes - 1)
-                at = pl.ds(lax.div(box, across) * TILE, TILE), pl.ds(lax.rem(box, across) * 256, 256)
-                plgpu.async_prefetch(ref.at[at])
 
     if glu:
         out = jax.ShapeDtypeStruct((m, n // 2), jnp.bfloat16)
@@ -175,7 +164,7 @@ def stream(x_mk: jax.Array, w_nk: jax.Array, ahead: tuple = (), *, glu: bool = F
             plgpu.SMEM((steps, m, width), jnp.bfloat16, transforms=_tiled(jnp.bfloat16)),
             plgpu.Barrier(num_arrivals=steps),
         ),
-    )(w_nk, x_mk, *ahead)
+    )(w_nk, x_mk)
 
 
 @functools.partial(jax.jit, static_argnames="eps")

@@ -14,8 +14,6 @@ from flax import nnx
 from marc_jax.models import attention, cache, hopper, rope
 from marc_jax.models.cache import KV
 
-# What each projection asks for ahead: bytes of the matrices that follow.
-AHEAD = {"qkv": (0, 0), "gate_up": (0,), "down": (0,)}
 SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side
 
 
@@ -80,15 +78,11 @@ def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
     return {"embedding": embedding, "layers": [layer(i) for i in range(depth)], "norm": norm, "head": head}
 
 
-def project(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
-    """x @ w.T [M, N]: float32 for a few rows (sums not yet rounded), x's dtype for many (half the bytes to write).
-
-    Args:
-      ahead, ahead_bytes: matrices that come next, and how much of each may be fetched early (`hopper.stream`).
-    """
+def project(x_mk: jax.Array, w: Matrix) -> jax.Array:
+    """x @ w.T [M, N]: float32 for a few rows (sums not yet rounded), x's dtype for many (half the bytes to write)."""
     (m, k), n = x_mk.shape, w.values.shape[0]
     if _streams(x_mk.dtype) and hopper.plan(m, n, k, w.values.dtype.itemsize):
-        y = hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), ahead_bytes=ahead_bytes).sum(0)
+        y = hopper.stream(x_mk, w.values).sum(0)
     else:
         out = jnp.float32 if m <= hopper.MAX_ROWS else x_mk.dtype
         contract = (((1,), (1,)), ((), ()))
@@ -96,23 +90,22 @@ def project(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = 
     return y if w.scale is None else y * w.scale
 
 
-def add_norm(x_md: jax.Array, y_mk: jax.Array, w: Matrix, scale_d, eps: float, ahead=(), ahead_bytes=()):
+def add_norm(x_md: jax.Array, y_mk: jax.Array, w: Matrix, scale_d: jax.Array, eps: float):
     """(x + y @ w.T, its RMSNorm), both in x's dtype [M, D]."""
     n, k = w.values.shape
     if _streams(x_md.dtype) and w.scale is None and n % 512 == 0 and hopper.plan(len(y_mk), n, k):
-        parts = hopper.stream(y_mk, w.values, tuple(a.values for a in ahead), ahead_bytes=ahead_bytes)
-        return hopper.add_norm(x_md, parts, scale_d, eps)
-    x_md = x_md + project(y_mk, w, ahead, ahead_bytes).astype(x_md.dtype)
+        return hopper.add_norm(x_md, hopper.stream(y_mk, w.values), scale_d, eps)
+    x_md = x_md + project(y_mk, w).astype(x_md.dtype)
     return x_md, _norm(x_md, scale_d, eps)
 
 
-def glu(x_mk: jax.Array, w: Matrix, ahead: tuple = (), ahead_bytes: tuple = ()) -> jax.Array:
+def glu(x_mk: jax.Array, w: Matrix) -> jax.Array:
     """silu(x @ gate.T) * (x @ up.T) in x's dtype, [M, N / 2], of w = [gate; up]."""
     (m, k), n = x_mk.shape, w.values.shape[0]
     plan = hopper.plan(m, n, k) if _streams(x_mk.dtype) and w.scale is None and n % (2 * hopper.TILE) == 0 else None
     if plan and plan[0] == 1:
-        return hopper.stream(x_mk, w.values, tuple(a.values for a in ahead), glu=True, ahead_bytes=ahead_bytes)
-    gate, up = jnp.split(project(x_mk, w, ahead, ahead_bytes).astype(x_mk.dtype), 2, axis=1)
+        return hopper.stream(x_mk, w.values, glu=True)
+    gate, up = jnp.split(project(x_mk, w).astype(x_mk.dtype), 2, axis=1)
     return jax.nn.silu(gate) * up
 
 
@@ -213,9 +206,8 @@ class Packed(nnx.Module):
         y = _norm(x, layers[0]["norm1"], c.rms_norm_eps)
         for i, w in enumerate(layers):
             last = i + 1 == len(layers)
-            after = self.tree["head"] if last else layers[i + 1]["qkv"]
             norm = self.tree["norm"] if last else layers[i + 1]["norm1"]
-            y = project(y, w["qkv"], (w["o"], w["gate_up"]), AHEAD["qkv"])
+            y = project(y, w["qkv"])
             heads_mjh = turn((y + w["bias"].astype(y.dtype)).astype(dtype).reshape(len(x), -1, c.head_dim))
             _, k, v = self._split(heads_mjh)
             keys.append(k), values.append(v)
@@ -223,8 +215,8 @@ class Packed(nnx.Module):
             if last:
                 x, mixed = keep(x), keep(mixed)
             x, y = add_norm(x, mixed, w["o"], w["norm2"], c.rms_norm_eps)
-            y = glu(y, w["gate_up"], (w["down"],), AHEAD["gate_up"])
-            x, y = add_norm(x, y, w["down"], norm, c.rms_norm_eps, (after,), AHEAD["down"])
+            y = glu(y, w["gate_up"])
+            x, y = add_norm(x, y, w["down"], norm, c.rms_norm_eps)
         return y, jnp.stack(keys), jnp.stack(values)
 
     def _rotation(self, pos_3m, query_scale: float):
