@@ -50,12 +50,13 @@ def fit(
 
     Returns:
       the final state and the seconds spent here.
+
+    Raises:
+      CheckpointError: there are checkpoints and none is whole; another state's; the disk is full.
     """
     folder = Path(workdir) / name / "checkpoints"
-    begin = 0
-    if (newest := checkpoint.latest(folder)) is not None:
-        state, _ = checkpoint.restore(folder, state, newest)
-        begin = int(state.step)
+    state = resumed(folder, state)
+    begin = int(state.step)
     started = time.monotonic()
     if begin >= pace.steps:
         return state, 0.0
@@ -84,6 +85,20 @@ def fit(
             if asked:
                 stop.stop(step + 1)
     return state, time.monotonic() - started
+
+
+def resumed(folder: Path, state: TrainState) -> TrainState:
+    """The newest checkpoint of `folder` that verifies, or `state` where there is none yet.
+
+    Raises:
+      CheckpointError: all are damaged: work is never thrown away without a word.
+    """
+    if not checkpoint.steps(folder):
+        return state
+    try:
+        return checkpoint.restore(folder, state)[0]
+    except checkpoint.DamagedError as e:
+        raise checkpoint.DamagedError(f"{e}; delete {folder} to start this stage again") from None
 
 
 def mean_metrics(rows: list[dict]) -> dict[str, float]:

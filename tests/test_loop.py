@@ -1,0 +1,87 @@
+"""The training loop with a state of a few numbers: where it begins, what it refuses, what it leaves on the disk."""
+
+import dataclasses
+import json
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from marc_jax import checkpoint, loop, manifest, optim, state
+
+TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
+PACE = loop.Pace(steps=6, log_every=2, save_every=2)
+
+
+def fresh():
+    return state.create(TX, {"w": jnp.arange(4.0)}, {"fixed": jnp.ones(2)}, key=jax.random.key(0))
+
+
+@jax.jit
+def step_fn(now, batch):
+    gradient = now.params["w"] - batch
+    return now.apply(TX, {"w": gradient}), {"loss": ((gradient**2).sum(), jnp.float32(4))}
+
+
+def draw(step):
+    return jnp.full(4, step, jnp.float32)
+
+
+def fit(folder, pace=PACE, step_fn=step_fn, **more):
+    return loop.fit("toy", folder, fresh(), draw, step_fn, pace, **more)[0]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "toy" / "metrics.jsonl").read_text().splitlines()]
+
+
+def injure(folder, step):
+    files = (p for p in (folder / "toy/checkpoints" / f"step_{step:08d}").rglob("*") if p.is_file())
+    path = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[random.Random(step).randrange(len(data))] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def test_a_stopped_stage_ends_like_one_that_ran_through(tmp_path):
+    whole = fit(tmp_path / "whole")
+    fit(tmp_path / "parts", dataclasses.replace(PACE, steps=4))
+    again = fit(tmp_path / "parts")
+    np.testing.assert_array_equal(again.params["w"], whole.params["w"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and int(again.step) == 6
+    assert fit(tmp_path / "parts").params["w"].tolist() == whole.params["w"].tolist()  # nothing left to do
+
+
+def test_a_damaged_newest_step_costs_only_the_steps_after_the_one_before(tmp_path):
+    whole = fit(tmp_path)
+    before = losses(tmp_path)
+    injure(tmp_path, 6)
+    np.testing.assert_array_equal(fit(tmp_path).params["w"], whole.params["w"])
+    assert losses(tmp_path) == before and checkpoint.latest(tmp_path / "toy/checkpoints") == 6
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_is_not_silently_begun_again(tmp_path):
+    fit(tmp_path)
+    before = losses(tmp_path)
+    for step in (4, 6):
+        injure(tmp_path, step)
+    folder = tmp_path / "toy/checkpoints"
+    with pytest.raises(checkpoint.CheckpointError, match=f"step 6: .*step 4: .*; delete {folder} to start") as e:
+        fit(tmp_path)
+    assert e.value.exit_code == 2 and "\n" not in str(e.value)
+    assert losses(tmp_path) == before and checkpoint.steps(folder) == [4, 6]
+
+
+def test_resuming_hashes_a_checkpoint_once(tmp_path, monkeypatch):
+    fit(tmp_path, dataclasses.replace(PACE, steps=4))
+    hashed, real = [], manifest._hashes
+
+    def counted(folder, names, flush=False):
+        hashed.append(flush)
+        return real(folder, names, flush)
+
+    monkeypatch.setattr(manifest, "_hashes", counted)
+    fit(tmp_path, dataclasses.replace(PACE, steps=4))
+    assert hashed == [False]
