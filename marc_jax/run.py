@@ -101,12 +101,18 @@ class Run:
         """Model parameters (nested), sharded.
 
         Args:
-          source: a stage of this run; or a folder of published safetensors, or of a checkpoint (`marc_jax.pretrained`);
-            "" is config.init_from, and random where that is empty too.
+          source: a stage of this run, which must be finished; or a folder of published safetensors, or of a checkpoint
+            (`marc_jax.pretrained`); "" is config.init_from, and random where that is empty too.
+
+        Raises:
+          ConfigError: the stage is not finished, saying how far it is, or its last step is damaged.
         """
         target = qwen25_vl.abstract(self.cfg, mesh=self.mesh)
-        if source and (step := checkpoint.latest(folder := self.workdir / source / "checkpoints")) is not None:
-            return pretrained.load_parameters(target, folder, step)
+        if source and source in self.config.stages:
+            try:
+                return pretrained.load_parameters(target, *self.result(source))
+            except checkpoint.DamagedError as e:
+                raise ConfigError(f"{e}; train stage {source!r} again: it goes on from the step before") from None
         source = source or self.config.get("init_from", "")
         if source:
             return pretrained.load(source, self.cfg, target)
@@ -122,18 +128,33 @@ class Run:
             self.tower = name
         return self.features
 
-    def load_retriever(self) -> None:
-        """The retriever of this run, from its stage's checkpoint."""
+    @property
+    def retriever_stage(self) -> str:
+        """The stage that trains the retriever. Raises ConfigError where there is none."""
         names = [name for name in self.config.stages if self.config[name].kind == "retriever"]
         if not names:
             raise ConfigError("this run has no retriever stage")
+        return names[-1]
+
+    def load_retriever(self) -> None:
+        """The retriever of this run, from its finished stage. Raises ConfigError, CheckpointError as `parameters`."""
+        folder, step = self.result(self.retriever_stage)
         shapes = jax.eval_shape(lambda: optim.flatten(embed.init(jax.random.key(0), self.embed_sizes())))
-        tree, _ = checkpoint.restore(self.workdir / names[-1] / "checkpoints", {"params": shapes}, partial=True)
+        tree, _ = checkpoint.restore(folder, {"params": shapes}, step, partial=True)
         self.retriever = self.whole(optim.unflatten(tree["params"]))
 
     def finished(self, stage: str) -> bool:
-        """Whether the stage has a checkpoint of its last step."""
-        return checkpoint.latest(self.workdir / stage / "checkpoints") == self.config[stage].steps
+        """Whether the stage has a checkpoint of its last step; whoever reads it verifies it."""
+        return self.config[stage].steps in checkpoint.steps(self.workdir / stage / "checkpoints")
+
+    def result(self, stage: str) -> tuple[Path, int]:
+        """(folder, step) of a finished stage's last checkpoint. Raises ConfigError where there is none yet."""
+        folder, last = self.workdir / stage / "checkpoints", self.config[stage].steps
+        if not self.finished(stage):
+            done = checkpoint.steps(folder)
+            state = f"is at step {done[-1]} of {last}" if done else f"has not saved any of its {last} steps"
+            raise ConfigError(f"stage {stage!r} of {self.workdir} {state}; its last one is needed here: train it first")
+        return folder, last
 
     def use_retriever(self, retriever: dict, source: str) -> None:
         """Takes the trained retriever and embeds the events of the training pool with it."""

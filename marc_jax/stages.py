@@ -34,6 +34,9 @@ def build(run: Run, name: str):
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if stage.videos % ways:
         raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
+    if stage.kind != "retriever" and run.view(stage.view).select == "retrieve" and run.retriever is None:
+        run.load_retriever()
+        run.use_retriever(run.retriever, run.config[run.retriever_stage].init)
     return kinds[stage.kind](run, name, stage)
 
 

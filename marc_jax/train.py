@@ -43,9 +43,6 @@ def main() -> None:
     with Interrupt() as stop:
         for name in config.stages:
             if any(config.only) and name not in config.only:
-                if config[name].kind == "retriever" and here.finished(name):
-                    here.load_retriever()  # what comes after it needs it
-                    here.use_retriever(here.retriever, config[name].init)
                 continue
             begun = time.monotonic()
             first, draw, step_fn, trainable = stages.build(here, name)
