@@ -1,5 +1,6 @@
 """The one training loop: resume, step, log, save, stop cleanly. Every stage runs through `fit`."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from marc_jax import checkpoint, metrics
+from marc_jax import checkpoint, locks, metrics
 from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
@@ -37,7 +38,7 @@ def fit(
     stop: Interrupt | None = None,
     meta: dict | None = None,
 ) -> tuple[TrainState, float]:
-    """Runs a stage from its newest good checkpoint to its last step.
+    """Runs a stage from its newest good checkpoint to its last step. One process at a time may run a stage.
 
     Args:
       name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
@@ -52,8 +53,16 @@ def fit(
       the final state and the seconds spent here.
 
     Raises:
+      LockedError: another process runs this stage in this workdir.
       CheckpointError: there are checkpoints and none is whole; another state's; the disk is full.
     """
+    first = jax.process_index() == 0
+    lock = locks.held(Path(workdir) / name / ".lock", f"stage {name!r} in {workdir}")
+    with lock if first else contextlib.nullcontext():
+        return _fit(name, workdir, state, draw, step_fn, pace, stop, meta or {})
+
+
+def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None, meta: dict):
     folder = Path(workdir) / name / "checkpoints"
     state = resumed(folder, state)
     begin = int(state.step)
@@ -81,7 +90,7 @@ def fit(
                 progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
             asked = stop is not None and stop.requested()
             if (step + 1) % pace.save_every == 0 or last or asked:
-                checkpoint.save(folder, step + 1, state, {"stage": name, **(meta or {})}, keep=pace.keep)
+                checkpoint.save(folder, step + 1, state, {"stage": name, **meta}, keep=pace.keep)
             if asked:
                 stop.stop(step + 1)
     return state, time.monotonic() - started

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_pipelines import loader
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, metrics, optim, pretrained, sharding
+from marc_jax import checkpoint, locks, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
@@ -244,7 +245,8 @@ def prepare(config, workdir: Path) -> Run:
     check_sources(config)
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
-    with metrics.Progress("data", sum(sizes.values())) as bar:
+    lock = locks.held(folder / ".prepare.lock", f"the data in {folder}", wait=True)
+    with lock, metrics.Progress("data", sum(sizes.values())) as bar:
         done = dict.fromkeys(sizes, 0)
 
         def progress(split, count, _):
@@ -255,7 +257,9 @@ def prepare(config, workdir: Path) -> Run:
             folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
             questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
         )  # fmt: skip
-    shutil.copyfile(folder / "tokenizer.json", workdir / "tokenizer.json")
+    partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
+    shutil.copyfile(folder / "tokenizer.json", partial)
+    partial.replace(workdir / "tokenizer.json")
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
     return run

@@ -26,12 +26,13 @@ def main() -> None:
 
     import time
 
-    from marc_jax import loop, optim, run, stages
+    from marc_jax import locks, loop, optim, run, stages
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
 
-    settings.keep(config, workdir / "config.json")
+    with locks.held(workdir / ".lock", f"the config of {workdir}", wait=True):
+        settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
@@ -55,7 +56,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------- evaluation and report
     if config.eval.arms and not any(config.only):
-        experiment.report_on(here, timings, started)
+        with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
+            experiment.report_on(here, timings, started)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax import checkpoint, loop, manifest, optim, state
+from marc_jax import checkpoint, locks, loop, manifest, optim, state
 
 TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
 PACE = loop.Pace(steps=6, log_every=2, save_every=2)
@@ -85,3 +87,15 @@ def test_resuming_hashes_a_checkpoint_once(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "_hashes", counted)
     fit(tmp_path, dataclasses.replace(PACE, steps=4))
     assert hashed == [False]
+
+
+def test_a_stage_is_run_by_one_process_at_a_time_and_others_beside_it(tmp_path):
+    def step_inside(now, batch):
+        with pytest.raises(locks.LockedError, match=rf"stage 'toy' in {tmp_path} .* process {os.getpid()} on"):
+            fit(tmp_path)
+        return step_fn(now, batch)
+
+    loop.fit("other", tmp_path, fresh(), draw, lambda now, batch: (fit(tmp_path), step_fn(now, batch))[1], PACE)
+    shutil.rmtree(tmp_path / "toy")
+    fit(tmp_path, dataclasses.replace(PACE, steps=1), step_fn=step_inside)
+    assert checkpoint.steps(tmp_path / "toy/checkpoints") == [1]
