@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from marc_jax import checkpoint, locks, metrics
 from marc_jax.interrupt import Interrupt
@@ -83,10 +82,10 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
             pending.append(values)
             last = step + 1 == pace.steps
             if (step + 1) % pace.log_every == 0 or last:
-                row = mean_metrics(pending)
+                row = metrics.merge(*pending)
                 pending = []
                 metrics.check_finite(row, step + 1)
-                writer.write(step + 1, row)
+                row = writer.write(step + 1, row)
                 progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
             asked = stop is not None and stop.requested()
             if (step + 1) % pace.save_every == 0 or last or asked:
@@ -108,17 +107,3 @@ def resumed(folder: Path, state: TrainState) -> TrainState:
         return checkpoint.restore(folder, state)[0]
     except checkpoint.DamagedError as e:
         raise checkpoint.DamagedError(f"{e}; delete {folder} to start this stage again") from None
-
-
-def mean_metrics(rows: list[dict]) -> dict[str, float]:
-    """Reduces the metrics of several steps: (sum, count) pairs by their totals, plain numbers by their mean."""
-    rows = jax.device_get(rows)
-    out = {}
-    for key in sorted({key for row in rows for key in row}):
-        values = [row[key] for row in rows if key in row]
-        if isinstance(values[0], tuple):
-            total, count = (np.sum([v[i] for v in values], axis=0) for i in (0, 1))
-            out[key] = float(total / max(count, 1e-9))
-        else:
-            out[key] = float(np.mean(values))
-    return out

@@ -34,9 +34,18 @@ def masked_sum(values, mask=None) -> tuple[jax.Array, jax.Array]:
     return jnp.where(mask, values, 0.0).sum(), jnp.asarray(mask, jnp.float32).sum()
 
 
-def merge(a: Mapping, b: Mapping) -> dict:
-    """Adds two metric dicts of (sum, count): the metrics of both batches together."""
-    return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
+def merge(*rows: Mapping) -> dict[str, tuple[float, float]]:
+    """The metrics of several batches together: sums and counts add up, a plain number counts once.
+
+    One transfer from the device for all rows; a name that some rows lack is merged over the others.
+    """
+    total: dict[str, tuple[float, float]] = {}
+    for host, row in zip(jax.device_get([dict(row) for row in rows]), rows, strict=True):
+        for name in row:  # device_get sorts the names; a log keeps them as they were given.
+            x, n = host[name] if isinstance(host[name], tuple) else (host[name], 1.0)
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + float(x), before[1] + float(n))
+    return total
 
 
 def reduce(metrics: Mapping) -> dict[str, float]:
