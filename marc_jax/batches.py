@@ -159,8 +159,12 @@ class Asked:
         return [[q.target for q in row] for row in self.questions_bg]
 
     @property
+    def problems_bg(self):
+        return [[q.problem for q in row] for row in self.questions_bg]
+
+    @property
     def problems(self):
-        return [q.problem for row in self.questions_bg for q in row]
+        return [problem for row in self.problems_bg for problem in row]
 
     def needed(self, events: int) -> np.ndarray:
         """bool [B*G, E]."""

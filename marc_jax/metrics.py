@@ -14,16 +14,23 @@ import numpy as np
 
 from marc_jax.config import UserError
 
+_SHOWN = 8
+
 
 class NonFiniteError(UserError):
-    """A metric became NaN or infinite. Attributes: step, names, batch_ids."""
+    """A metric or parameter became NaN or infinite. Attributes: step, names, batch_ids. `note` ends the message."""
 
     exit_code = 1
 
-    def __init__(self, step: int, names: list[str], batch_ids: Iterable = ()):
+    def __init__(self, step: int, names: list[str], batch_ids: Iterable = (), note: str = ""):
         self.step, self.names, self.batch_ids = step, names, list(batch_ids)
-        batch = f"; batch: {', '.join(map(str, self.batch_ids))}" if self.batch_ids else ""
-        super().__init__(f"step {step}: {', '.join(names)} not finite{batch}")
+        batch = f"; batch: {_listed(self.batch_ids)}" if self.batch_ids else ""
+        super().__init__(f"step {step}: {_listed(names)} not finite{batch}{note}")
+
+
+def _listed(names: list) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 def masked_sum(values, mask=None) -> tuple[jax.Array, jax.Array]:
@@ -72,10 +79,14 @@ def check_finite(metrics: Mapping, step: int, batch_ids: Iterable = ()) -> None:
       step: of these metrics.
       batch_ids: what identifies the rows of the batch, for the message.
     """
-    host = jax.device_get(dict(metrics))
-    bad = [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
-    if bad:
+    if bad := non_finite(metrics):
         raise NonFiniteError(step, bad, batch_ids)
+
+
+def non_finite(metrics: Mapping) -> list[str]:
+    """Names of the metrics, scalars or (sum, count), that hold a NaN or an infinity."""
+    host = jax.device_get(dict(metrics))
+    return [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
 
 
 class Writer:

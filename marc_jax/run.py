@@ -50,6 +50,7 @@ class Run:
     recomposer: Recomposer | None = None
     pixels: jax.Array | None = None
     features: jax.Array | None = None
+    files: dict[str, int] = dataclasses.field(default_factory=dict)
     tower: str = ""
     retriever: dict | None = None
     compiled: dict = dataclasses.field(default_factory=dict)
@@ -70,6 +71,11 @@ class Run:
         if name not in self.views:
             raise ConfigError(f"unknown view {name!r}; config.views has {', '.join(self.views)}")
         return self.views[name]
+
+    def file_of(self, row: int) -> str:
+        """The training video that row `row` of the bank comes from; `files` holds the first row of each."""
+        starts = list(self.files.values())
+        return list(self.files)[int(np.searchsorted(starts, row, side="right")) - 1]
 
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
@@ -328,5 +334,6 @@ def load_training(run: Run) -> None:
     pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
     first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
     row_e = np.array([first[path] + start for path, start, _ in places])
+    run.files = {path: int(start) for path, start in first.items()}
     run.pixels = run.whole(np.concatenate(list(pixels.values())))
     run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)

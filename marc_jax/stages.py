@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from marc_jax import optim, state
 from marc_jax.batches import Sizes
@@ -62,6 +63,23 @@ def _sizes(run: Run, stage) -> Sizes:
     return dataclasses.replace(run.sizes, patches=most * run.sizes.event, events=most)
 
 
+def _drawn(run: Run, name: str, number: int):
+    """The videos and questions of step `number`, from 0."""
+    stage = run.config[name]
+    per_video = stage.get("questions", 1)
+    return run.recomposer.draw(name, number, stage.videos, per_video, stage.events, stage.types)
+
+
+def samples(run: Run, name: str, number: int) -> dict[str, dict]:
+    """{sample id: the files its events come from, its questions} of step `number`, from 0, for a person to look at."""
+    asked = _drawn(run, name, number)
+    videos = zip(asked.videos.row_be, asked.videos.mask_be, asked.problems_bg, strict=True)
+    return {
+        str(number): {"videos": [run.file_of(row) for row in rows[mask]], "questions": problems}
+        for number, (rows, mask, problems) in zip(asked.ids_b.tolist(), videos, strict=True)
+    }
+
+
 def _encode(run: Run, view: views.View):
     return views.make_encode(view, run.grid_hw, run.time_scale)
 
@@ -84,7 +102,7 @@ def sft(run: Run, name: str, stage):
     advance = _jit(advance, first)
 
     def draw(number: int):
-        asked = run.recomposer.draw(name, number, stage.videos, stage.questions, stage.events, stage.types)
+        asked = _drawn(run, name, number)
         index = asked.videos.index(sizes)
         kept = view.kept(sizes.patches, sizes.event)
         lengths = index.mask_bt.sum(1)
@@ -124,12 +142,13 @@ def retriever(run: Run, name: str, stage):
             return total / count, values
 
         grads, values = jax.grad(objective, has_aux=True)(now.params)
+        values["grad_norm"] = optax.tree.norm(grads)
         return now.apply(tx, grads), values
 
     advance = _jit(advance, first)
 
     def draw(number: int):
-        asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+        asked = _drawn(run, name, number)
         queries = run.prompter.queries(asked.problems, sizes.question)
         return run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events))
 
@@ -144,7 +163,7 @@ def _two_views(run: Run, stage):
 
 def _prompt_pair(run, stage, name, number, sizes, view, full):
     """The same questions as the student and as the teacher reads them; one question per video."""
-    asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+    asked = _drawn(run, name, number)
     index = asked.videos.index(sizes)
     queries = run.prompter.queries(asked.problems, sizes.question)
     texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)

@@ -6,6 +6,7 @@ A run that was stopped goes on where it was: finished stages are skipped, a star
 checkpoint that verifies. The order of stages is config.stages; what they are is in `marc_jax.stages`.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -49,7 +50,8 @@ def main() -> None:
             first, draw, step_fn, trainable = stages.build(here, name)
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
-            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta)
+            told = functools.partial(stages.samples, here, name)
+            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
             if config[name].kind == "retriever":
                 here.use_retriever(optim.unflatten(state.params), config[name].init)
             timings[name] = time.monotonic() - begun

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax import checkpoint, locks, loop, manifest, optim, state
+from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, state
 
 TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
 PACE = loop.Pace(steps=6, log_every=2, save_every=2)
@@ -99,3 +99,41 @@ def test_a_stage_is_run_by_one_process_at_a_time_and_others_beside_it(tmp_path):
     shutil.rmtree(tmp_path / "toy")
     fit(tmp_path, dataclasses.replace(PACE, steps=1), step_fn=step_inside)
     assert checkpoint.steps(tmp_path / "toy/checkpoints") == [1]
+
+
+def broken_at(step, **what):
+    """step_fn whose metrics (or, with params=, the state) are broken once `step` steps are done."""
+
+    def run(now, batch):
+        now, values = step_fn(now, batch)
+        if int(now.step) == step:
+            params = what.get("params")
+            now = now if params is None else dataclasses.replace(now, params={"w": params})
+            values |= what.get("values", {})
+        return now, values
+
+    return run
+
+
+BROKEN = [
+    ({"values": {"loss": (jnp.float32(np.nan), jnp.float32(4))}}, "loss"),
+    ({"values": {"loss": (1.0, 1.0), "grad_norm": jnp.float32(np.inf)}}, "grad_norm"),
+    ({"params": jnp.array([1.0, np.inf, 0, 0]), "values": {"loss": (1.0, 1.0)}}, "parameter/w"),
+]
+
+
+@pytest.mark.parametrize(("what", "name"), BROKEN)
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, what, name):
+    """Found before the save that comes next, though the log is far away; the step, the term and the samples named."""
+    pace = loop.Pace(steps=6, log_every=6, save_every=2)
+    samples = lambda step: {f"sample {step}.{i}": {"videos": ["a.mp4"]} for i in range(10)}  # noqa: E731
+    with pytest.raises(metrics.NonFiniteError) as e:
+        fit(tmp_path, pace, broken_at(4 if "params" in what else 3, **what), samples=samples)
+    step = 4 if "params" in what else 3
+    text = str(e.value)
+    assert text.startswith(f"step {step}: {name} not finite; batch: sample {step - 1}.0, ") and "and 2 more" in text
+    assert f"step 2 in {tmp_path / 'toy' / 'checkpoints'} is intact" in text and e.value.exit_code == 1
+    told = json.loads((tmp_path / "toy" / "nonfinite.json").read_text())
+    assert told["step"] == step and told["names"] == [name] and len(told["batch"]) == 10
+    assert checkpoint.latest(tmp_path / "toy/checkpoints") == 2
+    assert np.isfinite(fit(tmp_path, pace).params["w"]).all()  # goes on from there
