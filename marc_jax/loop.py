@@ -69,7 +69,7 @@ def fit(
 
 def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None, meta: dict, samples):
     folder = Path(workdir) / name / "checkpoints"
-    state = resumed(folder, state)
+    state, saved = resumed(folder, state)
     begin = int(state.step)
     started = time.monotonic()
     if begin >= pace.steps:
@@ -80,7 +80,8 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
         ThreadPoolExecutor(1) as ahead,
     ):
         coming = ahead.submit(draw, begin)
-        rows, unchecked = [], {}  # metrics since the last line of the log; of steps that nobody has looked at yet
+        rows = [{key: tuple(pair) for key, pair in saved.get("metrics", {}).items()}]  # since the last line of the log
+        unchecked = {}  # metrics of steps that nobody has looked at yet
         for step in range(begin, pace.steps):
             batch = coming.result()
             if step + 1 < pace.steps:
@@ -100,22 +101,23 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
                 progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
             if saves:
                 _finite({step + 1: _soundness(state)}, folder, samples)
-                checkpoint.save(folder, step + 1, state, {"stage": name, **meta}, keep=pace.keep)
+                told = {"stage": name, **meta, "metrics": metrics.merge(*rows)}
+                checkpoint.save(folder, step + 1, state, told, keep=pace.keep)
             if asked:
                 stop.stop(step + 1)
     return state, time.monotonic() - started
 
 
-def resumed(folder: Path, state: TrainState) -> TrainState:
-    """The newest checkpoint of `folder` that verifies, or `state` where there is none yet.
+def resumed(folder: Path, state: TrainState) -> tuple[TrainState, dict]:
+    """The newest checkpoint of `folder` that verifies and its meta, or (state, {}) where there is none yet.
 
     Raises:
       CheckpointError: all are damaged: work is never thrown away without a word.
     """
     if not checkpoint.steps(folder):
-        return state
+        return state, {}
     try:
-        return checkpoint.restore(folder, state)[0]
+        return checkpoint.restore(folder, state)
     except checkpoint.DamagedError as e:
         raise checkpoint.DamagedError(f"{e}; delete {folder} to start this stage again") from None
 

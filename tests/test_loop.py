@@ -56,6 +56,15 @@ def test_a_stopped_stage_ends_like_one_that_ran_through(tmp_path):
     assert fit(tmp_path / "parts").params["w"].tolist() == whole.params["w"].tolist()  # nothing left to do
 
 
+def test_a_step_saved_between_two_lines_of_the_log_loses_none_of_its_metrics(tmp_path):
+    pace = loop.Pace(steps=6, log_every=6, save_every=2)
+    fit(tmp_path / "whole", pace)
+    fit(tmp_path / "parts", pace)
+    shutil.rmtree(tmp_path / "parts/toy/checkpoints/step_00000006")
+    fit(tmp_path / "parts", pace)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_a_damaged_newest_step_costs_only_the_steps_after_the_one_before(tmp_path):
     whole = fit(tmp_path)
     before = losses(tmp_path)
