@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from data_pipelines import loader
+from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
@@ -295,8 +295,34 @@ def surroundings(config, workdir: Path) -> Run:
     return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
 
 
+_OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set
+
+
 def read_records(folder: Path, split: str) -> list[dict]:
-    return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    """The rows of `<folder>/<split>.json`; every medium lies inside `folder` (whether it can be read shows later).
+
+    Raises ConfigError: the first bad row with file, row and field, and how many more there are.
+    """
+    file, errors, rows = folder / f"{split}.json", [], []
+    try:
+        records = sources.load_records(file, errors=errors)
+    except sources.RecordError as e:
+        raise ConfigError(str(e)) from None
+    for record in records:
+        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row")}
+        rows.append({**record.extra, **fields, "options": list(record.options)})
+        for name, kind in _OWN_FIELDS.items():
+            if not isinstance(record.extra.get(name), kind):
+                reason = "is missing" if name not in record.extra else f"is not a {kind.__name__}"
+                errors.append(sources.RecordError(file, record.row, name, reason))
+        try:
+            sources.confined_path(folder, record.path)
+        except ValueError as e:
+            errors.append(sources.RecordError(file, record.row, "path", str(e)))
+    if errors:
+        errors.sort(key=lambda e: e.row)
+        raise ConfigError(f"{errors[0]}{f' (and {len(errors) - 1} more such errors)' if len(errors) > 1 else ''}")
+    return rows
 
 
 def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
