@@ -28,17 +28,16 @@ from marc_jax.run import Run
 
 def build(run: Run, name: str):
     """(state, draw, step, trainable names) of the stage `config[name]`."""
-    kinds = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
     stage = run.config[name]
-    if stage.kind not in kinds:
-        raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(kinds)}")
+    if stage.kind not in KINDS:
+        raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(KINDS)}")
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if stage.videos % ways:
         raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
     if stage.kind != "retriever" and run.view(stage.view).select == "retrieve" and run.retriever is None:
         run.load_retriever()
         run.use_retriever(run.retriever, run.config[run.retriever_stage].init)
-    return kinds[stage.kind](run, name, stage)
+    return KINDS[stage.kind](run, name, stage)
 
 
 def _start(run: Run, name: str, stage):
@@ -241,6 +240,9 @@ def cgrpo(run: Run, name: str, stage):
         return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
 
     return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
+
+
+KINDS = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
 
 
 def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:
