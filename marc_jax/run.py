@@ -247,7 +247,10 @@ def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
 
 
 def prepare(config, workdir: Path) -> Run:
-    """Builds the data if it is not there, and keeps its tokenizer with the run."""
+    """Builds the data if it is not there, and keeps its tokenizer with the run.
+
+    Raises ConfigError: settings of the data that cannot be, another set in its folder, weights that do not fit.
+    """
     check_sources(config)
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
@@ -259,10 +262,13 @@ def prepare(config, workdir: Path) -> Run:
             done[split] = count
             bar.update(sum(done.values()))
 
-        build.build(
-            folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
-            questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
-        )  # fmt: skip
+        try:
+            build.build(
+                folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
+                questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
+            )  # fmt: skip
+        except ValueError as e:
+            raise ConfigError(f"config.data: {e}") from None
     partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
     shutil.copyfile(folder / "tokenizer.json", partial)
     partial.replace(workdir / "tokenizer.json")

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import run
+from marc_jax import run, settings
 from marc_jax.config import ConfigError
 
 
@@ -67,3 +67,18 @@ def test_a_file_without_records_is_one_line(tmp_path, text):
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(ConfigError, match=f"{tmp_path / 'test.json'}.*: "):
         run.read_records(tmp_path, "test")
+
+
+def test_data_that_cannot_be_is_one_line(tmp_path, repo, monkeypatch):
+    monkeypatch.chdir(repo)
+
+    def prepare(*overrides):
+        given = ("data.train_videos=1", "data.test_videos=1", "data.workers=0", *overrides)
+        run.prepare(settings.experiment("experiments/quickstart.py", [f"--config.{o}" for o in given]), tmp_path)
+
+    with pytest.raises(ConfigError, match="config.data: types must be different names out of"):
+        prepare("data.types=('smell',)")
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data/dataset.json").write_text('{"version": 1}')
+    with pytest.raises(ConfigError, match="config.data: .* holds another set .*; choose another folder or remove it"):
+        prepare()
