@@ -44,7 +44,8 @@ def fit(
 
     Args:
       name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
-      state: the initial state; also the restore target (shapes, dtypes, shardings).
+      state: the initial state; also the restore target (shapes, dtypes, shardings). Used up: `step_fn` may donate it,
+        and where the stage resumes its memory is given back before the checkpoint is read.
       draw: step -> batch, a function of the step number alone, so a resumed run repeats and skips nothing; the next
         batch is drawn in a thread while the device computes.
       step_fn: (state, batch) -> (state, metrics dict).
@@ -116,8 +117,11 @@ def resumed(folder: Path, state: TrainState) -> tuple[TrainState, dict]:
     """
     if not checkpoint.steps(folder):
         return state, {}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for x in jax.tree.leaves(state):
+        x.delete()
     try:
-        return checkpoint.restore(folder, state)
+        return checkpoint.restore(folder, shapes)
     except checkpoint.DamagedError as e:
         raise checkpoint.DamagedError(f"{e}; delete {folder} to start this stage again") from None
 

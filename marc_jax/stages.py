@@ -52,8 +52,12 @@ def _start(run: Run, name: str, stage):
 
 
 def _jit(step_fn: Callable, first: state.TrainState) -> Callable:
-    """jit whose new state lies where the old one does, so that the second call finds the first one's program."""
-    return jax.jit(step_fn, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
+    """jit whose new state takes the old one's place in memory and on the mesh.
+
+    The old state is used up: nobody may read it after the step. Lying where it does, the new one finds the program of
+    the first call at the second.
+    """
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
 
 
 def _sizes(run: Run, stage) -> Sizes:

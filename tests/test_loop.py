@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, state
+from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, stages, state
 
 TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
 PACE = loop.Pace(steps=6, log_every=2, save_every=2)
@@ -146,3 +146,16 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, what, nam
     assert told["step"] == step and told["names"] == [name] and len(told["batch"]) == 10
     assert checkpoint.latest(tmp_path / "toy/checkpoints") == 2
     assert np.isfinite(fit(tmp_path, pace).params["w"]).all()  # goes on from there
+
+
+def test_the_old_state_gives_its_memory_to_the_new_one(tmp_path):
+    whole, begin = fit(tmp_path / "kept"), fresh()
+    donating = stages._jit(step_fn, begin)
+    got = loop.fit("toy", tmp_path / "given", begin, draw, donating, PACE)[0]
+    assert all(x.is_deleted() for x in jax.tree.leaves(begin))
+    np.testing.assert_array_equal(got.params["w"], whole.params["w"])
+    begin = fresh()
+    more = dataclasses.replace(PACE, steps=8)
+    again = loop.fit("toy", tmp_path / "given", begin, draw, donating, more)[0]  # from step 6
+    assert all(x.is_deleted() for x in jax.tree.leaves(begin)) and int(again.step) == 8
+    np.testing.assert_array_equal(again.params["w"], fit(tmp_path / "kept", more).params["w"])
