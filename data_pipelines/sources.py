@@ -167,11 +167,11 @@ def load_records(file, *, errors: list | None = None) -> list[Record]:
     return records
 
 
-def media_path(root, path: str) -> str:
-    """The absolute path of a record's medium: an existing regular file inside `root`, links resolved.
+def confined_path(root, path: str) -> str:
+    """The absolute path that a record's `path` means inside `root`, links resolved, whether it exists or not.
 
     Video-R1 writes "./folder/file.mp4", meaning from the data root. ValueError with the reason for anything that is
-    absolute, climbs out, follows a link out, names a protocol, or is no regular file.
+    absolute, climbs out, follows a link out or names a protocol.
     """
     if "\0" in path:
         raise ValueError("the path holds a NUL character")
@@ -185,11 +185,17 @@ def media_path(root, path: str) -> str:
     full = os.path.realpath(os.path.join(base, path))
     if full == base or os.path.commonpath([base, full]) != base:
         raise ValueError(f"{path} leads out of the data root")
+    return full
+
+
+def media_path(root, path: str) -> str:
+    """The `confined_path` of a record's medium, which must be an existing regular file; ValueError with the reason."""
+    full = confined_path(root, path)
     try:
         mode = os.stat(full).st_mode
     except OSError as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ValueError(f"{path} {reason} under the data root {base}") from None
+        raise ValueError(f"{path} {reason} under the data root {os.path.realpath(root)}") from None
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is not a regular file")
     return full
@@ -198,17 +204,19 @@ def media_path(root, path: str) -> str:
 def question_text(problem: str, problem_type: str, options: Sequence[str] = (), style: str = "train") -> str:
     """The text of the user's turn.
 
-    Styles: "train" and "eval" are Video-R1's two wordings, with options glued on as it glues them; "plain" is the
-    problem and its options, one per line, and nothing else.
+    Styles: "train" and "eval" are Video-R1's two wordings, with options glued on as it glues them; "glued" is the
+    problem and its options in that way, and nothing else (the synthetic set's); "plain" has them all on lines.
     """
     if problem_type not in TYPE_SUFFIX:
         raise ValueError(f"problem_type {problem_type!r} is not one of {', '.join(PROBLEM_TYPES)}")
     choices = options if problem_type == "multiple choice" else ()
     if style == "plain":
         return "\n".join([problem, *choices])
-    if style not in ("train", "eval"):
-        raise ValueError(f"style {style!r} is not one of train, eval, plain")
+    if style not in ("train", "eval", "glued"):
+        raise ValueError(f"style {style!r} is not one of train, eval, glued, plain")
     if choices:
         problem = problem + "Options:\n" + "".join(option + "\n" for option in choices)
+    if style == "glued":
+        return problem.removesuffix("\n") if choices else problem
     template = TRAIN_TEMPLATE if style == "train" else EVAL_TEMPLATE
     return template.replace("{Question}", problem) + TYPE_SUFFIX[problem_type]

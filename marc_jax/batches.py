@@ -10,12 +10,15 @@ import zlib
 
 import numpy as np
 
+from data_pipelines.sources import question_text
 from data_pipelines.synthetic import questions as ask
 from data_pipelines.synthetic import recompose
 from marc_jax.memory.view import VideoIndex
 from marc_jax.models.prompts import Visual as Placeholder
 from marc_jax.models.prompts import build_prompt, pad_prompts
 from marc_jax.rl.types import PromptBatch
+
+STYLE = "glued"  # of `question_text`: what a run trains on and is asked in its evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,6 @@ class Videos:
     def repeat(self, g: int) -> "Videos":
         """Each video g times, one after the other."""
         return Videos(*(np.repeat(getattr(self, f.name), g, axis=0) for f in dataclasses.fields(self)))
-
-
-def question_text(problem: str, options) -> str:
-    """The user's text: the problem, then the options, as in Video-R1's prompts without the thinking instructions."""
-    return problem + ("Options:\n" + "\n".join(options) if options else "")
 
 
 class Prompter:
@@ -152,15 +150,19 @@ class Asked:
 
     @property
     def texts_bg(self):
-        return [[question_text(q.problem, q.options) for q in row] for row in self.questions_bg]
+        return [[question_text(q.problem, q.problem_type, q.options, STYLE) for q in row] for row in self.questions_bg]
 
     @property
     def answers_bg(self):
         return [[q.target for q in row] for row in self.questions_bg]
 
     @property
+    def problems_bg(self):
+        return [[q.problem for q in row] for row in self.questions_bg]
+
+    @property
     def problems(self):
-        return [q.problem for row in self.questions_bg for q in row]
+        return [problem for row in self.problems_bg for problem in row]
 
     def needed(self, events: int) -> np.ndarray:
         """bool [B*G, E]."""

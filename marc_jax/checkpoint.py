@@ -46,6 +46,10 @@ class CheckpointError(UserError):
         self.exit_code = exit_code
 
 
+class DamagedError(CheckpointError):
+    """There are steps, and none of those asked for is what was written."""
+
+
 class Pending:
     """A save under way. `wait()` returns when the step is committed, or raises what went wrong."""
 
@@ -138,8 +142,8 @@ def restore(
       config: this run's config as a nested dict; compared with meta["config"] when the arrays do not fit.
 
     Raises:
-      CheckpointError: no step, none that verifies, the step asked for is damaged (names the file), or another tree
-        (names the first paths that differ).
+      DamagedError: no step that verifies, or the step asked for does not (names the file).
+      CheckpointError: no step at all, or another tree (names the first paths that differ).
     """
     directory = _directory(directory)
     candidates = [step] if step is not None else steps(directory)[::-1]
@@ -158,7 +162,7 @@ def restore(
             logging.warning("checkpoint %s is damaged, trying an older one: %s", directory, problems[-1])
     if not problems:
         raise CheckpointError(f"no checkpoint in {directory}")
-    raise CheckpointError(f"no usable checkpoint in {directory}: {'; '.join(problems)}")
+    raise DamagedError(f"no usable checkpoint in {directory}: {'; '.join(problems)}")
 
 
 def steps(directory) -> list[int]:

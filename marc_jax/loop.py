@@ -1,15 +1,17 @@
 """The one training loop: resume, step, log, save, stop cleanly. Every stage runs through `fit`."""
 
+import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from marc_jax import checkpoint, metrics
+from marc_jax import checkpoint, locks, metrics, optim
 from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
@@ -36,26 +38,40 @@ def fit(
     *,
     stop: Interrupt | None = None,
     meta: dict | None = None,
+    samples: Callable[[int], dict] | None = None,
 ) -> tuple[TrainState, float]:
-    """Runs a stage from its newest good checkpoint to its last step.
+    """Runs a stage from its newest good checkpoint to its last step. One process at a time may run a stage.
 
     Args:
       name: stage; checkpoints go to `<workdir>/<name>/checkpoints`, metrics to `<workdir>/<name>/metrics.jsonl`.
-      state: the initial state; also the restore target (shapes, dtypes, shardings).
+      state: the initial state; also the restore target (shapes, dtypes, shardings). Used up: `step_fn` may donate it,
+        and where the stage resumes its memory is given back before the checkpoint is read.
       draw: step -> batch, a function of the step number alone, so a resumed run repeats and skips nothing; the next
         batch is drawn in a thread while the device computes.
       step_fn: (state, batch) -> (state, metrics dict).
       stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`.
       meta: stored beside the arrays (the config, the stage it started from).
+      samples: step as for `draw` -> {sample id: what it is made of, JSON-serialisable}, asked when a step went wrong.
 
     Returns:
       the final state and the seconds spent here.
+
+    Raises:
+      LockedError: another process runs this stage in this workdir.
+      CheckpointError: there are checkpoints and none is whole; another state's; the disk is full.
+      NonFiniteError: a metric of a step, or a parameter about to be saved, is NaN or infinite. The samples are in
+        `<workdir>/<name>/nonfinite.json`; such a state is never saved.
     """
+    first = jax.process_index() == 0
+    lock = locks.held(Path(workdir) / name / ".lock", f"stage {name!r} in {workdir}")
+    with lock if first else contextlib.nullcontext():
+        return _fit(name, workdir, state, draw, step_fn, pace, stop, meta or {}, samples)
+
+
+def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None, meta: dict, samples):
     folder = Path(workdir) / name / "checkpoints"
-    begin = 0
-    if (newest := checkpoint.latest(folder)) is not None:
-        state, _ = checkpoint.restore(folder, state, newest)
-        begin = int(state.step)
+    state, saved = resumed(folder, state)
+    begin = int(state.step)
     started = time.monotonic()
     if begin >= pace.steps:
         return state, 0.0
@@ -64,37 +80,74 @@ def fit(
         metrics.Progress(name, total=pace.steps, start=begin) as progress,
         ThreadPoolExecutor(1) as ahead,
     ):
-        pending, coming = [], ahead.submit(draw, begin)
+        coming = ahead.submit(draw, begin)
+        rows = [{key: tuple(pair) for key, pair in saved.get("metrics", {}).items()}]  # since the last line of the log
+        unchecked = {}  # metrics of steps that nobody has looked at yet
         for step in range(begin, pace.steps):
             batch = coming.result()
             if step + 1 < pace.steps:
                 coming = ahead.submit(draw, step + 1)
             state, values = step_fn(state, batch)
-            pending.append(values)
+            unchecked[step + 1] = values
             last = step + 1 == pace.steps
-            if (step + 1) % pace.log_every == 0 or last:
-                row = mean_metrics(pending)
-                pending = []
-                metrics.check_finite(row, step + 1)
-                writer.write(step + 1, row)
-                progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
             asked = stop is not None and stop.requested()
-            if (step + 1) % pace.save_every == 0 or last or asked:
-                checkpoint.save(folder, step + 1, state, {"stage": name, **(meta or {})}, keep=pace.keep)
+            logs = (step + 1) % pace.log_every == 0 or last
+            saves = (step + 1) % pace.save_every == 0 or last or asked
+            if logs or saves:
+                rows += _finite(unchecked, folder, samples)
+                unchecked = {}
+            if logs:
+                row = writer.write(step + 1, metrics.merge(*rows))
+                rows = []
+                progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
+            if saves:
+                _finite({step + 1: _soundness(state)}, folder, samples)
+                told = {"stage": name, **meta, "metrics": metrics.merge(*rows)}
+                checkpoint.save(folder, step + 1, state, told, keep=pace.keep)
             if asked:
                 stop.stop(step + 1)
     return state, time.monotonic() - started
 
 
-def mean_metrics(rows: list[dict]) -> dict[str, float]:
-    """Reduces the metrics of several steps: (sum, count) pairs by their totals, plain numbers by their mean."""
-    rows = jax.device_get(rows)
-    out = {}
-    for key in sorted({key for row in rows for key in row}):
-        values = [row[key] for row in rows if key in row]
-        if isinstance(values[0], tuple):
-            total, count = (np.sum([v[i] for v in values], axis=0) for i in (0, 1))
-            out[key] = float(total / max(count, 1e-9))
-        else:
-            out[key] = float(np.mean(values))
-    return out
+def resumed(folder: Path, state: TrainState) -> tuple[TrainState, dict]:
+    """The newest checkpoint of `folder` that verifies and its meta, or (state, {}) where there is none yet.
+
+    Raises:
+      CheckpointError: all are damaged: work is never thrown away without a word.
+    """
+    if not checkpoint.steps(folder):
+        return state, {}
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    for x in jax.tree.leaves(state):
+        x.delete()
+    try:
+        return checkpoint.restore(folder, shapes)
+    except checkpoint.DamagedError as e:
+        raise checkpoint.DamagedError(f"{e}; delete {folder} to start this stage again") from None
+
+
+@jax.jit
+def _soundness(state: TrainState) -> dict:
+    """1 for every trained parameter and each of its moments, NaN where one of its numbers is NaN or infinite."""
+    flat = jax.tree_util.tree_flatten_with_path({"parameter": state.params, "optimizer": state.opt_state})[0]
+    floats = {optim.name(path): x for path, x in flat if jnp.issubdtype(x.dtype, jnp.floating)}
+    return {path: jnp.where(jnp.isfinite(x).all(), 1.0, jnp.nan) for path, x in floats.items()}
+
+
+def _finite(values: dict[int, dict], folder: Path, samples: Callable | None) -> list[dict]:
+    """The metrics of these steps, on the host. Raises NonFiniteError for the first step that holds a NaN."""
+    values = jax.device_get(values)
+    for step, row in values.items():
+        bad = metrics.non_finite(row)
+        if not bad:
+            continue
+        batch = samples(step - 1) if samples is not None else {}
+        note, good = "", checkpoint.steps(folder)
+        if jax.process_index() == 0:
+            path = folder.parent / "nonfinite.json"
+            told = {"step": step, "names": bad, "metrics": {k: str(v) for k, v in row.items()}, "batch": batch}
+            path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            note = f" (all of it in {path})"
+        note += f"; step {good[-1]} in {folder} is intact" if good else "; no step was saved before it"
+        raise metrics.NonFiniteError(step, bad, batch, note)
+    return [*values.values()]

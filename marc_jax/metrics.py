@@ -14,16 +14,23 @@ import numpy as np
 
 from marc_jax.config import UserError
 
+_SHOWN = 8
+
 
 class NonFiniteError(UserError):
-    """A metric became NaN or infinite. Attributes: step, names, batch_ids."""
+    """A metric or parameter became NaN or infinite. Attributes: step, names, batch_ids. `note` ends the message."""
 
     exit_code = 1
 
-    def __init__(self, step: int, names: list[str], batch_ids: Iterable = ()):
+    def __init__(self, step: int, names: list[str], batch_ids: Iterable = (), note: str = ""):
         self.step, self.names, self.batch_ids = step, names, list(batch_ids)
-        batch = f"; batch: {', '.join(map(str, self.batch_ids))}" if self.batch_ids else ""
-        super().__init__(f"step {step}: {', '.join(names)} not finite{batch}")
+        batch = f"; batch: {_listed(self.batch_ids)}" if self.batch_ids else ""
+        super().__init__(f"step {step}: {_listed(names)} not finite{batch}{note}")
+
+
+def _listed(names: list) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(str, names[:_SHOWN])) + more
 
 
 def masked_sum(values, mask=None) -> tuple[jax.Array, jax.Array]:
@@ -34,9 +41,18 @@ def masked_sum(values, mask=None) -> tuple[jax.Array, jax.Array]:
     return jnp.where(mask, values, 0.0).sum(), jnp.asarray(mask, jnp.float32).sum()
 
 
-def merge(a: Mapping, b: Mapping) -> dict:
-    """Adds two metric dicts of (sum, count): the metrics of both batches together."""
-    return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
+def merge(*rows: Mapping) -> dict[str, tuple[float, float]]:
+    """The metrics of several batches together: sums and counts add up, a plain number counts once.
+
+    One transfer from the device for all rows; a name that some rows lack is merged over the others.
+    """
+    total: dict[str, tuple[float, float]] = {}
+    for host, row in zip(jax.device_get([dict(row) for row in rows]), rows, strict=True):
+        for name in row:  # device_get sorts the names; a log keeps them as they were given.
+            x, n = host[name] if isinstance(host[name], tuple) else (host[name], 1.0)
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + float(x), before[1] + float(n))
+    return total
 
 
 def reduce(metrics: Mapping) -> dict[str, float]:
@@ -63,10 +79,14 @@ def check_finite(metrics: Mapping, step: int, batch_ids: Iterable = ()) -> None:
       step: of these metrics.
       batch_ids: what identifies the rows of the batch, for the message.
     """
-    host = jax.device_get(dict(metrics))
-    bad = [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
-    if bad:
+    if bad := non_finite(metrics):
         raise NonFiniteError(step, bad, batch_ids)
+
+
+def non_finite(metrics: Mapping) -> list[str]:
+    """Names of the metrics, scalars or (sum, count), that hold a NaN or an infinity."""
+    host = jax.device_get(dict(metrics))
+    return [name for name in metrics if not np.isfinite(np.asarray(host[name], np.float64)).all()]
 
 
 class Writer:

@@ -84,14 +84,16 @@ def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
     Args:
       abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
     """
-    step = checkpoint.latest(folder) if step is None else step
+    verify = "full"
     if step is None:
-        raise checkpoint.CheckpointError(f"no checkpoint in {folder}")
+        step, verify = checkpoint.latest(folder), "size"  # hashed a moment ago
+    if step is None:
+        raise checkpoint.CheckpointError(f"no usable checkpoint in {folder}")
     flat = optim.flatten(abstract)
-    trained = set(checkpoint.read_meta(folder, step)["trainable"])
+    trained = set(checkpoint.read_meta(folder, step).get("trainable", ()))
     parts = {"params": {k: v for k, v in flat.items() if k in trained}}
     parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
-    tree, _ = checkpoint.restore(folder, parts, step, partial=True, cast=True)
+    tree, _ = checkpoint.restore(folder, parts, step, verify=verify, partial=True, cast=True)
     return optim.join(tree["params"], tree["frozen"])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from data_pipelines import loader
+from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, metrics, optim, pretrained, sharding
+from marc_jax import checkpoint, locks, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
@@ -49,6 +50,7 @@ class Run:
     recomposer: Recomposer | None = None
     pixels: jax.Array | None = None
     features: jax.Array | None = None
+    files: dict[str, int] = dataclasses.field(default_factory=dict)
     tower: str = ""
     retriever: dict | None = None
     compiled: dict = dataclasses.field(default_factory=dict)
@@ -69,6 +71,11 @@ class Run:
         if name not in self.views:
             raise ConfigError(f"unknown view {name!r}; config.views has {', '.join(self.views)}")
         return self.views[name]
+
+    def file_of(self, row: int) -> str:
+        """The training video that row `row` of the bank comes from; `files` holds the first row of each."""
+        starts = list(self.files.values())
+        return list(self.files)[int(np.searchsorted(starts, row, side="right")) - 1]
 
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
@@ -101,12 +108,18 @@ class Run:
         """Model parameters (nested), sharded.
 
         Args:
-          source: a stage of this run; or a folder of published safetensors, or of a checkpoint (`marc_jax.pretrained`);
-            "" is config.init_from, and random where that is empty too.
+          source: a stage of this run, which must be finished; or a folder of published safetensors, or of a checkpoint
+            (`marc_jax.pretrained`); "" is config.init_from, and random where that is empty too.
+
+        Raises:
+          ConfigError: the stage is not finished, saying how far it is, or its last step is damaged.
         """
         target = qwen25_vl.abstract(self.cfg, mesh=self.mesh)
-        if source and (step := checkpoint.latest(folder := self.workdir / source / "checkpoints")) is not None:
-            return pretrained.load_parameters(target, folder, step)
+        if source and source in self.config.stages:
+            try:
+                return pretrained.load_parameters(target, *self.result(source))
+            except checkpoint.DamagedError as e:
+                raise ConfigError(f"{e}; train stage {source!r} again: it goes on from the step before") from None
         source = source or self.config.get("init_from", "")
         if source:
             return pretrained.load(source, self.cfg, target)
@@ -122,18 +135,33 @@ class Run:
             self.tower = name
         return self.features
 
-    def load_retriever(self) -> None:
-        """The retriever of this run, from its stage's checkpoint."""
+    @property
+    def retriever_stage(self) -> str:
+        """The stage that trains the retriever. Raises ConfigError where there is none."""
         names = [name for name in self.config.stages if self.config[name].kind == "retriever"]
         if not names:
             raise ConfigError("this run has no retriever stage")
+        return names[-1]
+
+    def load_retriever(self) -> None:
+        """The retriever of this run, from its finished stage. Raises ConfigError, CheckpointError as `parameters`."""
+        folder, step = self.result(self.retriever_stage)
         shapes = jax.eval_shape(lambda: optim.flatten(embed.init(jax.random.key(0), self.embed_sizes())))
-        tree, _ = checkpoint.restore(self.workdir / names[-1] / "checkpoints", {"params": shapes}, partial=True)
+        tree, _ = checkpoint.restore(folder, {"params": shapes}, step, partial=True)
         self.retriever = self.whole(optim.unflatten(tree["params"]))
 
     def finished(self, stage: str) -> bool:
-        """Whether the stage has a checkpoint of its last step."""
-        return checkpoint.latest(self.workdir / stage / "checkpoints") == self.config[stage].steps
+        """Whether the stage has a checkpoint of its last step; whoever reads it verifies it."""
+        return self.config[stage].steps in checkpoint.steps(self.workdir / stage / "checkpoints")
+
+    def result(self, stage: str) -> tuple[Path, int]:
+        """(folder, step) of a finished stage's last checkpoint. Raises ConfigError where there is none yet."""
+        folder, last = self.workdir / stage / "checkpoints", self.config[stage].steps
+        if not self.finished(stage):
+            done = checkpoint.steps(folder)
+            state = f"is at step {done[-1]} of {last}" if done else f"has not saved any of its {last} steps"
+            raise ConfigError(f"stage {stage!r} of {self.workdir} {state}; its last one is needed here: train it first")
+        return folder, last
 
     def use_retriever(self, retriever: dict, source: str) -> None:
         """Takes the trained retriever and embeds the events of the training pool with it."""
@@ -219,22 +247,31 @@ def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
 
 
 def prepare(config, workdir: Path) -> Run:
-    """Builds the data if it is not there, and keeps its tokenizer with the run."""
+    """Builds the data if it is not there, and keeps its tokenizer with the run.
+
+    Raises ConfigError: settings of the data that cannot be, another set in its folder, weights that do not fit.
+    """
     check_sources(config)
     folder = data_folder(config, workdir)
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
-    with metrics.Progress("data", sum(sizes.values())) as bar:
+    lock = locks.held(folder / ".prepare.lock", f"the data in {folder}", wait=True)
+    with lock, metrics.Progress("data", sum(sizes.values())) as bar:
         done = dict.fromkeys(sizes, 0)
 
         def progress(split, count, _):
             done[split] = count
             bar.update(sum(done.values()))
 
-        build.build(
-            folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
-            questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
-        )  # fmt: skip
-    shutil.copyfile(folder / "tokenizer.json", workdir / "tokenizer.json")
+        try:
+            build.build(
+                folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
+                questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
+            )  # fmt: skip
+        except ValueError as e:
+            raise ConfigError(f"config.data: {e}") from None
+    partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
+    shutil.copyfile(folder / "tokenizer.json", partial)
+    partial.replace(workdir / "tokenizer.json")
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
     return run
@@ -264,8 +301,34 @@ def surroundings(config, workdir: Path) -> Run:
     return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
 
 
+_OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set
+
+
 def read_records(folder: Path, split: str) -> list[dict]:
-    return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+    """The rows of `<folder>/<split>.json`; every medium lies inside `folder` (whether it can be read shows later).
+
+    Raises ConfigError: the first bad row with file, row and field, and how many more there are.
+    """
+    file, errors, rows = folder / f"{split}.json", [], []
+    try:
+        records = sources.load_records(file, errors=errors)
+    except sources.RecordError as e:
+        raise ConfigError(str(e)) from None
+    for record in records:
+        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row")}
+        rows.append({**record.extra, **fields, "options": list(record.options)})
+        for name, kind in _OWN_FIELDS.items():
+            if not isinstance(record.extra.get(name), kind):
+                reason = "is missing" if name not in record.extra else f"is not a {kind.__name__}"
+                errors.append(sources.RecordError(file, record.row, name, reason))
+        try:
+            sources.confined_path(folder, record.path)
+        except ValueError as e:
+            errors.append(sources.RecordError(file, record.row, "path", str(e)))
+    if errors:
+        errors.sort(key=lambda e: e.row)
+        raise ConfigError(f"{errors[0]}{f' (and {len(errors) - 1} more such errors)' if len(errors) > 1 else ''}")
+    return rows
 
 
 def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
@@ -303,5 +366,6 @@ def load_training(run: Run) -> None:
     pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
     first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
     row_e = np.array([first[path] + start for path, start, _ in places])
+    run.files = {path: int(start) for path, start in first.items()}
     run.pixels = run.whole(np.concatenate(list(pixels.values())))
     run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)

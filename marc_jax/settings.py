@@ -15,6 +15,7 @@ POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
+KINDS = ("sft", "retriever", "distill", "cgrpo")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -104,9 +105,8 @@ def experiment(path: str, overrides=None) -> ConfigDict:
         try:
             full[name] = stage(given[name].kind)
         except KeyError:
-            raise ConfigError(
-                f"{path}: config.{name}.kind is {given[name].kind!r}; known: sft, retriever, distill, cgrpo"
-            ) from None
+            kind = given[name].kind
+            raise ConfigError(f"{path}: config.{name}.kind is {kind!r}; known: {', '.join(KINDS)}") from None
     configs.merge(full, given, path)
     config = configs.load(full, None, configs.overrides() if overrides is None else overrides)
     validate(config)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import optax
 
 from marc_jax import optim, state
 from marc_jax.batches import Sizes
@@ -27,14 +28,16 @@ from marc_jax.run import Run
 
 def build(run: Run, name: str):
     """(state, draw, step, trainable names) of the stage `config[name]`."""
-    kinds = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
     stage = run.config[name]
-    if stage.kind not in kinds:
-        raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(kinds)}")
+    if stage.kind not in KINDS:
+        raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(KINDS)}")
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if stage.videos % ways:
         raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
-    return kinds[stage.kind](run, name, stage)
+    if stage.kind != "retriever" and run.view(stage.view).select == "retrieve" and run.retriever is None:
+        run.load_retriever()
+        run.use_retriever(run.retriever, run.config[run.retriever_stage].init)
+    return KINDS[stage.kind](run, name, stage)
 
 
 def _start(run: Run, name: str, stage):
@@ -49,14 +52,35 @@ def _start(run: Run, name: str, stage):
 
 
 def _jit(step_fn: Callable, first: state.TrainState) -> Callable:
-    """jit whose new state lies where the old one does, so that the second call finds the first one's program."""
-    return jax.jit(step_fn, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
+    """jit whose new state takes the old one's place in memory and on the mesh.
+
+    The old state is used up: nobody may read it after the step. Lying where it does, the new one finds the program of
+    the first call at the second.
+    """
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
 
 
 def _sizes(run: Run, stage) -> Sizes:
     """Static lengths of the stage's videos: shorter where it draws fewer events."""
     most = min(int(stage.events[1]), run.sizes.events)
     return dataclasses.replace(run.sizes, patches=most * run.sizes.event, events=most)
+
+
+def _drawn(run: Run, name: str, number: int):
+    """The videos and questions of step `number`, from 0."""
+    stage = run.config[name]
+    per_video = stage.get("questions", 1)
+    return run.recomposer.draw(name, number, stage.videos, per_video, stage.events, stage.types)
+
+
+def samples(run: Run, name: str, number: int) -> dict[str, dict]:
+    """{sample id: the files its events come from, its questions} of step `number`, from 0, for a person to look at."""
+    asked = _drawn(run, name, number)
+    videos = zip(asked.videos.row_be, asked.videos.mask_be, asked.problems_bg, strict=True)
+    return {
+        str(number): {"videos": [run.file_of(row) for row in rows[mask]], "questions": problems}
+        for number, (rows, mask, problems) in zip(asked.ids_b.tolist(), videos, strict=True)
+    }
 
 
 def _encode(run: Run, view: views.View):
@@ -81,7 +105,7 @@ def sft(run: Run, name: str, stage):
     advance = _jit(advance, first)
 
     def draw(number: int):
-        asked = run.recomposer.draw(name, number, stage.videos, stage.questions, stage.events, stage.types)
+        asked = _drawn(run, name, number)
         index = asked.videos.index(sizes)
         kept = view.kept(sizes.patches, sizes.event)
         lengths = index.mask_bt.sum(1)
@@ -121,12 +145,13 @@ def retriever(run: Run, name: str, stage):
             return total / count, values
 
         grads, values = jax.grad(objective, has_aux=True)(now.params)
+        values["grad_norm"] = optax.tree.norm(grads)
         return now.apply(tx, grads), values
 
     advance = _jit(advance, first)
 
     def draw(number: int):
-        asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+        asked = _drawn(run, name, number)
         queries = run.prompter.queries(asked.problems, sizes.question)
         return run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events))
 
@@ -141,7 +166,7 @@ def _two_views(run: Run, stage):
 
 def _prompt_pair(run, stage, name, number, sizes, view, full):
     """The same questions as the student and as the teacher reads them; one question per video."""
-    asked = run.recomposer.draw(name, number, stage.videos, 1, stage.events, stage.types)
+    asked = _drawn(run, name, number)
     index = asked.videos.index(sizes)
     queries = run.prompter.queries(asked.problems, sizes.question)
     texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
@@ -219,6 +244,9 @@ def cgrpo(run: Run, name: str, stage):
         return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
 
     return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
+
+
+KINDS = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}
 
 
 def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:

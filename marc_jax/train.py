@@ -6,6 +6,7 @@ A run that was stopped goes on where it was: finished stages are skipped, a star
 checkpoint that verifies. The order of stages is config.stages; what they are is in `marc_jax.stages`.
 """
 
+import functools
 from pathlib import Path
 
 from absl import flags
@@ -26,12 +27,13 @@ def main() -> None:
 
     import time
 
-    from marc_jax import loop, optim, run, stages
+    from marc_jax import locks, loop, optim, run, stages
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
 
-    settings.keep(config, workdir / "config.json")
+    with locks.held(workdir / ".lock", f"the config of {workdir}", wait=True):
+        settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
@@ -43,22 +45,21 @@ def main() -> None:
     with Interrupt() as stop:
         for name in config.stages:
             if any(config.only) and name not in config.only:
-                if config[name].kind == "retriever" and here.finished(name):
-                    here.load_retriever()  # what comes after it needs it
-                    here.use_retriever(here.retriever, config[name].init)
                 continue
             begun = time.monotonic()
             first, draw, step_fn, trainable = stages.build(here, name)
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
-            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta)
+            told = functools.partial(stages.samples, here, name)
+            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
             if config[name].kind == "retriever":
                 here.use_retriever(optim.unflatten(state.params), config[name].init)
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
     if config.eval.arms and not any(config.only):
-        experiment.report_on(here, timings, started)
+        with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
+            experiment.report_on(here, timings, started)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,16 @@ def test_a_step_is_a_function_of_its_number(source):
     assert source.draw("distill", 7, 5, 2, (6, 8), scenes.PAIRS).texts_bg != a.texts_bg
 
 
+def test_questions_read_as_they_always_did(source):
+    """The text that shipped weights were trained on, to the byte."""
+    types = ("order", *scenes.PAIRS)
+    asked = [source.draw("sft", step, 5, 6, (6, 8), types) for step in range(4)]
+    texts = [text for a in asked for row in a.texts_bg for text in row]
+    questions = [q for a in asked for row in a.questions_bg for q in row]
+    assert texts == [q.problem + ("Options:\n" + "\n".join(q.options) if q.options else "") for q in questions]
+    assert 0 < sum(bool(q.options) for q in questions) < len(questions)
+
+
 def test_spans_become_the_patches_of_their_events(source):
     videos = source.draw("sft", 1, 6, 1, (6, 8), scenes.PAIRS).videos
     index = videos.index(SIZES)

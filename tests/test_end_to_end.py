@@ -124,6 +124,23 @@ def test_a_second_run_and_a_resumed_run_give_the_same_losses(place, repo):
     assert lines(second / "clips" / "metrics.jsonl") == first
 
 
+def test_stages_apart_and_a_loss_that_explodes(place, repo):
+    """A stage needs those it builds on; NaN stops it with step, term and samples, and leaves the last good step."""
+    folder = place / "third"
+    shared = (f"--workdir={folder}", f"--config.data.path={place / 'run' / 'data'}", "--config.clips.steps=6",
+              "--config.clips.optimizer.learning_rate=3e38", "--config.save_every=1")  # fmt: skip
+    early = start(repo, place, "train", *shared, "--config.only=('teacher',)")
+    assert early.returncode == 2, early.stderr[-2000:]
+    assert f"error: stage 'clips' of {folder} has not saved any of its 6 steps" in early.stderr
+    lost = start(repo, place, "train", *shared, "--config.only=('clips',)")
+    assert lost.returncode == 1 and "Traceback" not in lost.stderr, lost.stderr[-2000:]
+    told = json.loads((folder / "clips" / "nonfinite.json").read_text())
+    assert f"error: step {told['step']}: {told['names'][0]}" in lost.stderr and " not finite; batch: " in lost.stderr
+    assert len(told["batch"]) == 4 and all(b["videos"][0].endswith(".mp4") for b in told["batch"].values())
+    kept = sorted(path.name for path in (folder / "clips" / "checkpoints").glob("step_*"))
+    assert not kept or int(kept[-1][5:]) < told["step"]
+
+
 def test_eval_reproduces_the_report(place, repo):
     run = start(repo, place, "eval", f"--checkpoint={place / 'run'}", f"--out={place / 'eval'}")
     assert run.returncode == 0, run.stderr[-3000:]

@@ -9,7 +9,9 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
-FOUNDATION = ("marc_jax.config", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths", "marc_jax.streamed")
+FOUNDATION = (
+    "marc_jax.config", "marc_jax.locks", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths", "marc_jax.streamed",
+)  # fmt: skip
 PURE = (
     "marc_jax.models.rope",
     "marc_jax.memory.retrieve",
@@ -46,7 +48,7 @@ ABOVE = {
     "marc_jax.memory.indexer": ("data_pipelines", "marc_jax.memory", "marc_jax.models"),
     "marc_jax.batches": ("data_pipelines", "marc_jax.memory.view", "marc_jax.models.prompts", "marc_jax.rl.types"),
     "marc_jax.messages": ("data_pipelines", "marc_jax.models.prompts"),
-    "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state"),
+    "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state", *FOUNDATION),
     "marc_jax.pretrained": ("marc_jax.checkpoint", "marc_jax.models", "marc_jax.tokenizer", *FOUNDATION),
     "marc_jax.run": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),

@@ -29,6 +29,14 @@ def test_merged_batches_have_the_mean_of_all_rows(a, b):
     np.testing.assert_allclose(metrics.reduce(both)["x"], mean, rtol=1e-4, atol=1e-3)
 
 
+def test_merging_many_rows_keeps_names_in_order_and_means_of_plain_numbers():
+    rows = [{"loss": (jnp.float32(6), jnp.float32(3)), "b": 1.0}, {"loss": (0.0, 0.0), "b": jnp.float32(2), "a": 5}]
+    both = metrics.merge(*rows)
+    assert both == {"loss": (6.0, 3.0), "b": (3.0, 2.0), "a": (5.0, 1.0)} and list(both) == ["loss", "b", "a"]
+    assert metrics.reduce(both) == {"loss": 2.0, "b": 1.5, "a": 5.0}
+    assert metrics.merge() == {}
+
+
 def test_reduce_takes_sums_scalars_and_empty_means():
     values = metrics.reduce({"a": (jnp.float32(6), jnp.float32(3)), "b": jnp.float32(1.5), "c": (0.0, 0.0), "d": 2})
     assert (values["a"], values["b"], values["d"]) == (2.0, 1.5, 2.0) and math.isnan(values["c"])

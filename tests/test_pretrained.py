@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from data_pipelines.synthetic.vocabulary import make_tokenizer
-from marc_jax import checkpoint, optim, pretrained, run, settings, sharding
+from marc_jax import checkpoint, optim, pretrained, run, settings, sharding, stages
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError as SettingsError
 from marc_jax.models import qwen25_vl, weights
@@ -223,6 +223,37 @@ def test_a_run_starts_from_init_from(tmp_path, start, form):
     _same(here.parameters(str(source)), params)  # a stage's own init
     drawn = start().parameters("")
     assert not np.array_equal(drawn["text"]["embed"]["embedding"], params["text"]["embed"]["embedding"])
+
+
+def save_stage(here, name, step, seed=0):
+    """A checkpoint of a stage as the training loop writes it; returns its parameters."""
+    params = _random(here.cfg, seed)
+    trained, frozen = optim.partition(params, (".*",))
+    tree = {"params": trained, "frozen": frozen, "step": np.int32(step)}
+    checkpoint.save(here.workdir / name / "checkpoints", step, tree, {"trainable": list(trained)})
+    return params
+
+
+def test_a_stage_hands_on_only_its_last_step(start):
+    here = start("teacher.steps=20", "retriever.steps=5")
+    with pytest.raises(SettingsError, match="stage 'teacher' of .* has not saved any of its 20 steps; .*train it"):
+        here.parameters("teacher")
+    save_stage(here, "teacher", 10)
+    with pytest.raises(SettingsError, match="stage 'teacher' of .* is at step 10 of 20; its last one is needed"):
+        here.parameters("teacher")
+    params = save_stage(here, "teacher", 20, seed=1)
+    _same(here.parameters("teacher"), params)
+    with pytest.raises(SettingsError, match="stage 'retriever' of .* has not saved any of its 5 steps"):
+        stages.build(here, "sft")  # reads retrieved events
+
+
+def test_a_damaged_last_step_is_not_replaced_by_an_earlier_one(start):
+    here = start("teacher.steps=20")
+    for step in (10, 20):
+        save_stage(here, "teacher", step)
+    (here.workdir / "teacher/checkpoints/step_00000020/meta.json").write_text("{}")
+    with pytest.raises(SettingsError, match="step 20: meta.json has 2 bytes, not .*; train stage 'teacher' again"):
+        here.parameters("teacher")
 
 
 def test_a_run_refuses_weights_of_another_size_before_it_begins(tmp_path, start):

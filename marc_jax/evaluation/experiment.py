@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from data_pipelines import video
-from marc_jax.batches import question_text
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
 from marc_jax.memory import view as views
@@ -150,7 +149,7 @@ def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, v
     looked = look(here, test, i, params, visual, view)
     pictures.draw_sample(
         path, clip.frames, clip.seconds, test.found[record["path"]].event_spans.tolist(),
-        question=question_text(record["problem"], ()), options=record["options"], answers=said,
+        question=record["problem"], options=record["options"], answers=said,
         truth=record["solution"].removeprefix("<answer>").removesuffix("</answer>"),
         needed_events=np.flatnonzero(run.needed_events(test)[i]).tolist(), title=record["path"], **looked,
     )  # fmt: skip

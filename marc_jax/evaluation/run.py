@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
+from data_pipelines.sources import question_text
 from data_pipelines.video import VideoError
 from marc_jax import metrics
-from marc_jax.batches import Sizes, Videos, question_text
+from marc_jax.batches import STYLE, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging, report
 from marc_jax.memory import embed, indexer, store
@@ -155,7 +156,7 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
         for chosen, real in _batches(test, run.config.eval.batch):
             index = take(test.videos, chosen).index(sizes)
             records = [test.records[i] for i in chosen]
-            texts = [question_text(r["problem"], r["options"]) for r in records]
+            texts = [question_text(r["problem"], r["problem_type"], r["options"], STYLE) for r in records]
             prompt = run.prompter.whole(texts, kept, index.mask_bt.sum(1), sizes)
             inputs = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
             done = answer(params, run.retriever, bank, *inputs)

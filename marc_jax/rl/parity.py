@@ -21,6 +21,7 @@ _FAMILIES = {
         LossConfig(dual_clip=3.0, log_ratio_clamp=20.0, kl_clamp=20.0, kl_value_clamp=10.0, aggregation="dapo"),
     ),
 }
+FAMILIES = tuple(_FAMILIES)
 
 
 def parity(family: str, **overrides) -> tuple[AdvantageConfig, LossConfig]:
@@ -33,6 +34,6 @@ def parity(family: str, **overrides) -> tuple[AdvantageConfig, LossConfig]:
       ValueError: unknown family.
     """
     if family not in _FAMILIES:
-        raise ValueError(f"parity {family!r}: choose one of {', '.join(_FAMILIES)}")
+        raise ValueError(f"parity {family!r}: choose one of {', '.join(FAMILIES)}")
     advantage, loss = _FAMILIES[family]
     return advantage, dataclasses.replace(loss, **overrides)

@@ -122,6 +122,7 @@ def test_media_stays_under_the_root(tmp_path, path):
     (root / "inner.mp4").symlink_to(root / "good.mp4")
     for inside in ("./good.mp4", "good.mp4", "folder/../good.mp4", "inner.mp4"):
         assert sources.media_path(root, inside) == str((root / "good.mp4").resolve())
+    assert sources.confined_path(root, "absent.mp4") == str(root.resolve() / "absent.mp4")
 
 
 def digest(text):
@@ -150,6 +151,8 @@ def test_question_text_joins_as_published():
     assert text.startswith("How many {Question}?\nPlease") and "Options" not in text and "<think> and </think>" in text
     assert sources.question_text("Why?", "multiple choice", ["A. x", "B. y"], style="plain") == "Why?\nA. x\nB. y"
     assert sources.question_text("Why?", "free-form", style="plain") == "Why?"
+    glued = sources.question_text("Why?", "multiple choice", ["A. x", "B. y"], style="glued")
+    assert glued == "Why?Options:\nA. x\nB. y" and sources.question_text("Why?\n", "OCR", style="glued") == "Why?\n"
     with pytest.raises(ValueError, match="style"):
         sources.question_text("Why?", "free-form", style="loud")
     with pytest.raises(ValueError, match="problem_type"):

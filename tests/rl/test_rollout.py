@@ -213,6 +213,52 @@ def test_gradients_reach_the_visual_tokens_through_the_shared_prefix(params, dra
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-3), one, two)
 
 
+def without(prompt, hole_bp):
+    """The prompts whose masked holes never were there: kept columns moved up row by row, in numpy."""
+    fields = {f.name: np.array(getattr(prompt, f.name)) for f in dataclasses.fields(prompt)}
+    out = {name: x.copy() for name, x in fields.items()}
+    for b, hole_p in enumerate(np.asarray(hole_bp)):
+        keep = np.flatnonzero(fields["mask_bp"][b] & ~hole_p)
+        for name in ("tokens_bp", "vis_index_bp"):
+            out[name][b, : len(keep)] = fields[name][b, keep]
+        out["pos_3bp"][:, b, : len(keep)] = fields["pos_3bp"][:, b, keep]
+        out["mask_bp"][b] = np.arange(len(hole_p)) < len(keep)
+    return type(prompt)(**{name: jnp.asarray(x) for name, x in out.items()})
+
+
+HOLES = {
+    "some": lambda p, is_vis: is_vis & ((p == 2) | (p == 4)),  # amid others, and the last of all
+    "first": lambda p, is_vis: is_vis & (p == 1),
+    "all": lambda p, is_vis: is_vis,  # a blind prompt
+}
+
+
+@pytest.mark.parametrize("kind", HOLES)
+def test_empty_visual_slots_are_as_if_they_were_not_there(params, kind):
+    """Same tokens, log-probabilities and gradients; what lies in an empty slot does not matter."""
+    prompt, vis = tiny.prompts()
+    hole_bp = HOLES[kind](np.arange(prompt.mask_bp.shape[1]), np.asarray(prompt.vis_index_bp) >= 0)
+    holed = dataclasses.replace(prompt, mask_bp=prompt.mask_bp & ~hole_bp)
+    closed, plain = rollout.closed_up(holed), without(prompt, hole_bp)
+    for f in dataclasses.fields(prompt):
+        got, want = np.asarray(getattr(closed, f.name)), np.asarray(getattr(plain, f.name))
+        real = np.asarray(plain.mask_bp) if got.ndim > 1 and f.name != "mask_bp" else True
+        np.testing.assert_array_equal(np.where(real, got, 0), np.where(real, want, 0))
+    out, want = (sampler()(params, vis, p, keys()) for p in (holed, plain))
+    np.testing.assert_array_equal(out.tokens_bgr, want.tokens_bgr)
+    np.testing.assert_allclose(out.logp_bgr, want.logp_bgr, atol=1e-5)
+    np.testing.assert_allclose(score(params, vis, holed, out), out.logp_bgr, atol=1e-5)
+    loss = lambda v, p: score(params, v, p, out).sum()  # noqa: E731
+    gradient, expected = (jax.grad(loss)(vis, p) for p in (holed, plain))
+    np.testing.assert_allclose(gradient, expected, atol=2e-4, rtol=1e-3)
+    assert (np.abs(gradient).max() > 1e-4) == (kind != "all")
+
+
+def test_prompts_without_holes_stay_as_they_are():
+    prompt, _ = tiny.prompts()
+    jax.tree.map(np.testing.assert_array_equal, rollout.closed_up(prompt), prompt)
+
+
 @pytest.mark.parametrize("bad", [{"max_new": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
