@@ -2,7 +2,9 @@
 
 A reader knows, before any picture is decoded, how many frames a file has and when each one is shown: PyAV reads all
 packets of the video stream once (about 10 microseconds each) and keeps them, so files without a frame count, with
-variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets.
+variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets,
+which leaves out those between a wanted frame and the key frame before the next one: nothing is decoded twice, and the
+container's own seeking, wrong in several formats, is not needed.
 
 A file that holds fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter
 clip.
@@ -19,6 +21,7 @@ import numpy as np
 from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, VideoInfo, check_file
 
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
+_WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
 _ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
 
 
@@ -94,7 +97,7 @@ class PyAVReader(_Reader):
             raise
 
     def close(self):
-        self._frames = self._packets = None
+        self._pass = self._first = self._packets = None
         for container in self._containers:
             container.close()
 
@@ -119,13 +122,15 @@ class PyAVReader(_Reader):
 
     def _scan(self, keep: bool):
         """Reads every packet once: how many frames there are, when they are shown, whether the file is whole."""
-        stream, packets, pts = self._stream, [], []
+        stream, packets, pts, place = self._stream, [], [], -1
+        self._keys = []  # (pts, number of the packet) where decoding can begin
         vp8 = stream.codec_context.name in ("vp8", "libvpx")
         self._mid_start, cut = None, 0
         try:
             for packet in self._container.demux(stream):
                 if packet.size == 0:
                     continue
+                place += 1
                 if self._mid_start is None:
                     self._mid_start = not packet.is_keyframe
                 if keep:
@@ -134,6 +139,8 @@ class PyAVReader(_Reader):
                 if packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10):
                     cut += 1
                     continue
+                if packet.is_keyframe:
+                    self._keys.append((packet.pts, place))
                 pts.append(packet.pts)
                 if len(pts) > self.limits.max_frames:
                     break
@@ -151,8 +158,8 @@ class PyAVReader(_Reader):
 
     def _start(self):
         """Decodes up to the first frame, which tells the true picture size, the rotation and where pictures begin."""
-        self._frames, self._decoded = self._decode_all(), 0
-        self._first = next(self._frames, None)
+        self._pass = self._begin()
+        self._first = next(self._pass, None)
         if self._first is None:
             raise VideoError(self.path, f"none of its {self._count} frames can be decoded")
         if self._mid_start and self._ticks:
@@ -163,14 +170,14 @@ class PyAVReader(_Reader):
         decode to nothing. Those (up to the deepest reordering, 16, after the first good one) do not count."""
         first, seen = self._first, set()
         after = bisect.bisect_left(self._ticks, first.pts) + 17
-        for frame in itertools.chain([first], self._frames):
+        for frame in itertools.chain([first], self._pass):
             if frame.pts in self._ticks[after:]:
                 break
             seen.add(frame.pts)
         self._ticks = [tick for tick in self._ticks[:after] if tick in seen] + self._ticks[after:]
         self._count = len(self._ticks)
-        self._frames = self._decode_all()
-        self._first = next(self._frames)
+        self._pass = self._begin()
+        self._first = next(self._pass)
 
     def _describe(self):
         stream, first = self._stream, self._first
@@ -183,60 +190,109 @@ class PyAVReader(_Reader):
         turns = _quarter_turns(first.rotation)
         self._finish(first.width, first.height, times, float(rate or 0), stream.codec_context.name, turns)
 
-    def _source(self):
+    def _begin(self) -> "_Pass":
         if self._packets is not None:
             self._stream.codec_context.flush_buffers()
-            return self._stream, iter(self._packets)
+            return _Pass(self, self._stream.codec_context, iter(self._packets))
         container, stream = self._open()
-        return stream, (packet for packet in container.demux(stream) if packet.size)
+        return _Pass(self, stream.codec_context, (packet for packet in container.demux(stream) if packet.size))
 
-    def _decode_all(self) -> Iterator:
-        stream, packets = self._source()
-        context = stream.codec_context
-        self._decoded = 0
-        try:
-            for packet in packets:
-                for frame in context.decode(packet):
-                    self._decoded += 1
-                    if frame.is_corrupt:
-                        raise VideoError(self.path, f"damaged: frame {self._decoded} of {self._count} is corrupt")
-                    yield frame
-                self._check_clock()
-            for frame in context.decode(None):
-                self._decoded += 1
-                yield frame
-        except self._av.FFmpegError as error:
-            reason = f"damaged: {self._decoded} of {self._count} frames decoded, then {_text(error)}"
-            raise VideoError(self.path, reason) from None
+    def _entries(self, ordinal: dict | None) -> list[tuple[int, int, int | None]]:
+        """(frame, number of its packet, pts) at which decoding can begin; none where that cannot be told."""
+        if ordinal:
+            return sorted((ordinal[tick], place, tick) for tick, place in self._keys if tick in ordinal)
+        # Without usable timestamps: only if every packet is a picture of its own.
+        alone = len(self._keys) == self._count and self._keys[-1][1] == self._count - 1
+        return [(k, k, None) for k in range(self._count)] if alone else []
 
     def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, uint8 [H, W, 3] RGB, rotated) for the increasing `indices`, in one forward pass."""
-        wanted = [int(i) for i in indices]
-        first, frames = self._first, self._frames
-        self._first = self._frames = None
-        if frames is None:  # a second call: start again
-            frames = self._decode_all()
-            first = next(frames, None)
         from av.video.reformatter import VideoReformatter
 
-        to_rgb, size = VideoReformatter().reformat, (first.width, first.height)
+        to_rgb = VideoReformatter().reformat
+        turned = self._turns % 2
+        width, height = (self.info.height, self.info.width) if turned else (self.info.width, self.info.height)
+        for found, frame in self._find([int(i) for i in indices]):
+            # One conversion thread: with more, a 56x56 picture spends its time waking them.
+            rgb = to_rgb(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+            yield found, self._rotate(rgb)
+
+    def _find(self, wanted: list[int]) -> Iterator:
+        """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
         ordinal = {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
+        entries = self._entries(ordinal)
+        run, frame = self._pass, self._first
+        self._pass = self._first = None
+        if run is None:  # a second call: start again
+            run, frame = self._begin(), None
         place, found = 0, -1
-        frame = first
-        while frame is not None and place < len(wanted):
+        while place < len(wanted):
+            at = bisect.bisect_right(entries, wanted[place], key=lambda entry: entry[0]) - 1
+            if at >= 0 and run.worth(entries[at][1]) and entries[at][0] > found:
+                frame, found = run.jump(*entries[at][1:]), entries[at][0] - 1
+                if frame is None:  # no key frame after all: decode everything
+                    run, found, entries = self._begin(), -1, []
+            frame = frame or next(run, None)
+            if frame is None:
+                break
             found = ordinal.get(frame.pts, found) if ordinal else found + 1
             if found > wanted[place]:
                 break
             if found == wanted[place]:
-                # One conversion thread: with more, a 56x56 picture spends its time waking them.
-                rgb = to_rgb(frame, width=size[0], height=size[1], format="rgb24", threads=1).to_ndarray()
-                yield found, self._rotate(rgb)
+                yield found, frame
                 place += 1
-            if place < len(wanted):
-                frame = next(frames, None)
+            frame = None
         if place < len(wanted):
-            reason = f"damaged: {self._decoded} of {self._count} frames decoded, frame {wanted[place] + 1} is missing"
+            reason = f"damaged: {run.decoded} of {self._count} frames decoded, frame {wanted[place] + 1} is missing"
             raise VideoError(self.path, reason)
+
+
+class _Pass:
+    """Frames of a stream's packets in one forward pass; `decoded` and `skipped` count frames and packets."""
+
+    def __init__(self, reader: PyAVReader, context, packets: Iterator):
+        self._reader, self._context, self._packets = reader, context, packets
+        self._fed = self.decoded = self.skipped = 0
+        self._frames = self._run(None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._frames)
+
+    def worth(self, place: int) -> bool:
+        """Whether leaving out the packets before this one saves more than emptying the decoder costs."""
+        return place - self._fed >= (1 if self._context.thread_count == 1 else _WORTH_A_JUMP)
+
+    def jump(self, place: int, tick: int | None):
+        """Goes on at packet `place`: the key frame that it is, or None if it is none."""
+        self._context.flush_buffers()
+        self.skipped += place - self._fed
+        for _ in itertools.islice(self._packets, place - self._fed):
+            self._reader._check_clock()
+        self._fed = place
+        self._frames = self._run(tick)
+        frame = next(self._frames, None)
+        return frame if frame is not None and frame.key_frame and tick in (None, frame.pts) else None
+
+    def _run(self, since: int | None) -> Iterator:
+        """Pictures shown before `since` refer to what was left out and do not count."""
+        reader, count = self._reader, self._reader._count
+        try:
+            for packet in itertools.chain(self._packets, [None]):
+                self._fed += packet is not None
+                for frame in self._context.decode(packet):
+                    if since is not None and frame.pts is not None and frame.pts < since:
+                        continue
+                    self.decoded += 1
+                    if frame.is_corrupt:
+                        raise VideoError(reader.path, f"damaged: frame {self.decoded} of {count} is corrupt")
+                    yield frame
+                reader._check_clock()
+        except reader._av.FFmpegError as error:
+            reason = f"damaged: {self.decoded} of {count} frames decoded, then {_text(error)}"
+            raise VideoError(reader.path, reason) from None
 
 
 class OpenCVReader(_Reader):
