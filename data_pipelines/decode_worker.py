@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pkgutil
+import re
 import resource
 import signal
 import socket
@@ -73,15 +74,34 @@ def _shared(frames: np.ndarray, seconds: np.ndarray, index: np.ndarray) -> int:
     return fd
 
 
+def _listen() -> None:
+    """FFmpeg writes its errors to our stderr, a file of this process alone, by its own code (PyAV's can deadlock)."""
+    import av
+
+    av.logging.set_libav_level(av.logging.ERROR)
+    av.logging.restore_default_callback()
+
+
+def _heard() -> list[str]:
+    """The different lines on stderr, at most 20, without addresses."""
+    text = os.pread(2, LINE // 8, 0).decode(errors="replace")
+    lines = (re.sub(r"^\[(\S+) @ 0x\w+\] *", r"\1: ", line).strip()[:200] for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if line))[:20]
+
+
 def _answer(decode, request: dict, memory: int) -> tuple[dict, list[int]]:
     path, sampling = request["path"], unpack(request["sampling"])
     limits = sampling.get("limits") or Limits()
     seconds = min(limits.decode_seconds, request["seconds"])
     sampling["limits"] = dataclasses.replace(limits, decode_seconds=seconds)
     try:
+        os.ftruncate(2, 0)
+        os.lseek(2, 0, os.SEEK_SET)
         clip = decode(path, **sampling)
+        warnings = _heard()
         fd = _shared(clip.frames, np.asarray(clip.seconds, np.float64), np.asarray(clip.index, np.int64))
-        return {"shape": clip.frames.shape, "info": dataclasses.asdict(clip.info)}, [fd]
+        info = dataclasses.asdict(clip.info)
+        return {"shape": clip.frames.shape, "info": info, "warnings": warnings}, [fd]
     except VideoError as error:
         return {"error": error.reason}, []
     except MemoryError:
@@ -105,6 +125,7 @@ def serve(fd: int, decoder: str, memory: int) -> None:
     limit = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     decode = pkgutil.resolve_name(decoder)
+    _listen()
     with socket.socket(fileno=fd) as sock, sock.makefile("r", encoding="ascii") as requests:
         try:
             sock.sendall(b'{"ready": true}\n')

@@ -20,6 +20,8 @@ import numpy as np
 
 from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, VideoInfo, check_file
 
+# Damage is an error, not a picture patched from its neighbours; checksums are compared where a format has them.
+_STRICT = "crccheck+bitstream+buffer+explode"
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
 _WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
 _ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
@@ -38,8 +40,7 @@ class _Reader:
         self._deadline = time.monotonic() + limits.decode_seconds
 
     def _finish(self, width, height, times, fps, codec, turns):
-        if width * height > self.limits.max_pixels:
-            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
+        self._check_size(width, height)
         if width <= 0 or height <= 0:
             raise VideoError(self.path, "the video stream has no picture size")
         self._check_count(len(times))
@@ -54,6 +55,10 @@ class _Reader:
             width, height = height, width
         self.times, self._turns = times, turns
         self.info = VideoInfo(width, height, float(fps), len(times), duration, codec, turns * 90)
+
+    def _check_size(self, width, height):
+        if width * height > self.limits.max_pixels:
+            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
 
     def _check_count(self, count):
         if count == 0:
@@ -102,7 +107,7 @@ class PyAVReader(_Reader):
             container.close()
 
     def _open(self):
-        options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers}
+        options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers, "err_detect": _STRICT}
         try:
             container = self._av.open(self._full, options=options)
         except (self._av.FFmpegError, ValueError, OSError) as error:
@@ -117,6 +122,8 @@ class PyAVReader(_Reader):
             raise VideoError(self.path, "no decoder for its video codec")
         small = context.width * context.height <= 512 * 512
         threads = (1 if small else 0) if self._threads is None else self._threads
+        self._check_size(context.width, context.height)
+        context.options = {"err_detect": _STRICT, "max_pixels": str(self.limits.max_pixels)}
         context.thread_count, context.thread_type = threads, "NONE" if threads == 1 else "AUTO"
         return container, stream
 
@@ -306,6 +313,8 @@ class OpenCVReader(_Reader):
         self._cv2, self._threads = cv2, threads or 1
         self._full, _, self._demuxers = check_file(path)
         capture = self._open()
+        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+        self._check_size(*size)
         times = []
         while capture.grab():
             times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
@@ -320,7 +329,6 @@ class OpenCVReader(_Reader):
         seconds = np.asarray(times) - times[0]
         if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
             seconds = np.arange(len(times)) / (rate if rate > 0 else 25.0)
-        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
         code = int(capture.get(cv2.CAP_PROP_FOURCC))
         codec = "".join(chr(code >> 8 * i & 0xFF) for i in range(4)).strip("\0 ")
         turns = -_quarter_turns(int(capture.get(cv2.CAP_PROP_ORIENTATION_META))) % 4

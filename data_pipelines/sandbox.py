@@ -162,7 +162,7 @@ def _clip(path: str, reply: dict, fds: list[int]) -> Clip:
         for fd in fds:
             os.close(fd)
     frames, seconds, index = arrays
-    return Clip(frames, seconds, VideoInfo(**reply["info"]), index)
+    return Clip(frames, seconds, VideoInfo(**reply["info"]), index, tuple(reply["warnings"]))
 
 
 class Pool:
