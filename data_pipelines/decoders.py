@@ -227,18 +227,26 @@ class PyAVReader(_Reader):
     def _find(self, wanted: list[int]) -> Iterator:
         """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
         ordinal = {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
-        entries = self._entries(ordinal)
-        run, frame = self._pass, self._first
+        run, first = self._pass or self._begin(), self._first  # without a pass it is a second call: start again
         self._pass = self._first = None
-        if run is None:  # a second call: start again
-            run, frame = self._begin(), None
+        place = 0
+        try:
+            for found, frame in self._pick(run, first, wanted, ordinal, self._entries(ordinal)):
+                yield found, frame
+                place += 1
+        except VideoError:
+            if not run.skipped:
+                raise
+            # What claimed to be a key frame was none, or pictures after it refer to some before it.
+            yield from self._pick(self._begin(), None, wanted[place:], ordinal, [])
+
+    def _pick(self, run: "_Pass", frame, wanted: list[int], ordinal: dict | None, entries: list) -> Iterator:
         place, found = 0, -1
         while place < len(wanted):
             at = bisect.bisect_right(entries, wanted[place], key=lambda entry: entry[0]) - 1
             if at >= 0 and run.worth(entries[at][1]) and entries[at][0] > found:
-                frame, found = run.jump(*entries[at][1:]), entries[at][0] - 1
-                if frame is None:  # no key frame after all: decode everything
-                    run, found, entries = self._begin(), -1, []
+                run.jump(*entries[at][1:])
+                frame, found = None, entries[at][0] - 1
             frame = frame or next(run, None)
             if frame is None:
                 break
@@ -272,26 +280,30 @@ class _Pass:
         """Whether leaving out the packets before this one saves more than emptying the decoder costs."""
         return place - self._fed >= (1 if self._context.thread_count == 1 else _WORTH_A_JUMP)
 
-    def jump(self, place: int, tick: int | None):
-        """Goes on at packet `place`: the key frame that it is, or None if it is none."""
+    def jump(self, place: int, tick: int | None) -> None:
+        """Goes on at packet `place`, a key frame; the first picture is its own, or a VideoError says that it is not."""
         self._context.flush_buffers()
         self.skipped += place - self._fed
         for _ in itertools.islice(self._packets, place - self._fed):
             self._reader._check_clock()
         self._fed = place
-        self._frames = self._run(tick)
-        frame = next(self._frames, None)
-        return frame if frame is not None and frame.key_frame and tick in (None, frame.pts) else None
+        self._frames = self._after(tick)
+
+    def _after(self, tick: int | None) -> Iterator:
+        for n, frame in enumerate(self._run(tick)):
+            if n == 0 and not (frame.key_frame and tick in (None, frame.pts)):
+                raise VideoError(self._reader.path, "damaged: a key frame is none")
+            yield frame
 
     def _run(self, since: int | None) -> Iterator:
-        """Pictures shown before `since` refer to what was left out and do not count."""
+        """Pictures shown before `since` refer to what was left out: they are not decoded."""
         reader, count = self._reader, self._reader._count
         try:
             for packet in itertools.chain(self._packets, [None]):
                 self._fed += packet is not None
+                if packet is not None and since is not None and packet.pts is not None and packet.pts < since:
+                    continue
                 for frame in self._context.decode(packet):
-                    if since is not None and frame.pts is not None and frame.pts < since:
-                        continue
                     self.decoded += 1
                     if frame.is_corrupt:
                         raise VideoError(reader.path, f"damaged: frame {self.decoded} of {count} is corrupt")

@@ -3,8 +3,7 @@
     python -m tools.fuzz_decode --videos=FOLDER [--count=2000] [--seed=0]
 
 Each attempt takes a small file of the folder, changes it (bit flips, a zeroed or removed piece, truncation, header
-edits)
-and decodes 8 frames in a worker process. The table counts, per kind of damage:
+edits) and decodes 8 frames in a worker process. The table counts, per kind of damage:
 
     refused     an error that names the file and the reason
     same        the frames and times of the undamaged file
