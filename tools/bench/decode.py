@@ -105,7 +105,7 @@ def main(names: list[str]) -> None:
     print("|---|---|--:|--:|" + "--:|" * 5 * len(CHOICES))
     for path in paths:
         print(row(path), flush=True)
-    many = paths * 8
+    many = paths * 4
 
     def sandbox():
         return [got for _, got in decode_many(many, SAMPLING, workers=2) if not isinstance(got, Clip)]
