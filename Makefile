@@ -1,9 +1,11 @@
 # `make quickstart` and `make test` work on a bare clone: each prepares .venv by itself.
 #   WORKDIR   where the quick start writes; an existing run is resumed
 #   ARGS      further arguments, e.g. make test ARGS="tests/test_optim.py -x"
+#   DATA      folder of real videos for `make faults`
 # `make test` leaves out the tests marked slow, `make test-all` runs them too.
 WORKDIR ?= runs/quickstart
 ARGS ?=
+DATA ?= $(or $(MARC_JAX_TEST_DATA),../shared/data)
 
 VENV := .venv
 , := ,
@@ -27,7 +29,7 @@ define install
 	fi
 endef
 
-.PHONY: quickstart test test-all lint parity doctor venv clean
+.PHONY: quickstart test test-all faults lint parity doctor venv clean
 
 # On a CPU: one simulated device per core used, and a malloc that keeps its pages between steps.
 quickstart: venv
@@ -40,6 +42,10 @@ test: venv
 
 test-all: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+
+# What goes wrong on purpose, in full; `make test` runs a short form of each.
+faults: venv
+	$(BIN)/python -m tools.fuzz_decode --videos=$(DATA)/videos --count=2000 $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check . $(ARGS)

@@ -5,6 +5,7 @@ the file and only the `file` protocol may be used, so a playlist named `clip.mp4
 """
 
 import dataclasses
+import hashlib
 import os
 import stat
 
@@ -115,6 +116,8 @@ def check_file(path) -> tuple[str, int, str]:
             raise VideoError(path, "not a regular file")
         with open(full, "rb") as file:
             head = file.read(1024)
+            file.seek(max(0, status.st_size - 64))
+            tail = file.read(64)
     except FileNotFoundError:
         raise VideoError(path, "no such file") from None
     except OSError as error:
@@ -123,4 +126,17 @@ def check_file(path) -> tuple[str, int, str]:
     announced = _announced_size(head, demuxers)
     if status.st_size < announced:
         raise VideoError(path, f"truncated: {status.st_size} of at least {announced} bytes")
+    if demuxers == "gif" and not tail.rstrip(b"\0\r\n").endswith(b";"):
+        raise VideoError(path, "truncated: the GIF has no end mark")
     return full, status.st_size, demuxers
+
+
+def check_sha256(path, expected: str) -> None:
+    """VideoError if the file's content is not the one with this hash (hexadecimal), or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({error.strerror})") from None
+    if found != expected.lower():
+        raise VideoError(path, f"its content has changed: sha256 {found[:12]}..., expected {expected[:12]}...")

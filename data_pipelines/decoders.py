@@ -2,7 +2,9 @@
 
 A reader knows, before any picture is decoded, how many frames a file has and when each one is shown: PyAV reads all
 packets of the video stream once (about 10 microseconds each) and keeps them, so files without a frame count, with
-variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets.
+variable frame rate or with an offset start need no special rule. Decoding is then one forward pass over the packets,
+which leaves out those between a wanted frame and the key frame before the next one: nothing is decoded twice, and the
+container's own seeking, wrong in several formats, is not needed.
 
 A file that holds fewer frames than it announces, or whose decoding fails in the middle, is an error, never a shorter
 clip.
@@ -18,7 +20,10 @@ import numpy as np
 
 from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, VideoInfo, check_file
 
+# Damage is an error, not a picture patched from its neighbours; checksums are compared where a format has them.
+_STRICT = "crccheck+bitstream+buffer+explode"
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
+_WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
 _ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
 
 
@@ -35,8 +40,7 @@ class _Reader:
         self._deadline = time.monotonic() + limits.decode_seconds
 
     def _finish(self, width, height, times, fps, codec, turns):
-        if width * height > self.limits.max_pixels:
-            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
+        self._check_size(width, height)
         if width <= 0 or height <= 0:
             raise VideoError(self.path, "the video stream has no picture size")
         self._check_count(len(times))
@@ -51,6 +55,10 @@ class _Reader:
             width, height = height, width
         self.times, self._turns = times, turns
         self.info = VideoInfo(width, height, float(fps), len(times), duration, codec, turns * 90)
+
+    def _check_size(self, width, height):
+        if width * height > self.limits.max_pixels:
+            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
 
     def _check_count(self, count):
         if count == 0:
@@ -94,12 +102,12 @@ class PyAVReader(_Reader):
             raise
 
     def close(self):
-        self._frames = self._packets = None
+        self._pass = self._first = self._packets = None
         for container in self._containers:
             container.close()
 
     def _open(self):
-        options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers}
+        options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers, "err_detect": _STRICT}
         try:
             container = self._av.open(self._full, options=options)
         except (self._av.FFmpegError, ValueError, OSError) as error:
@@ -114,18 +122,22 @@ class PyAVReader(_Reader):
             raise VideoError(self.path, "no decoder for its video codec")
         small = context.width * context.height <= 512 * 512
         threads = (1 if small else 0) if self._threads is None else self._threads
+        self._check_size(context.width, context.height)
+        context.options = {"err_detect": _STRICT, "max_pixels": str(self.limits.max_pixels)}
         context.thread_count, context.thread_type = threads, "NONE" if threads == 1 else "AUTO"
         return container, stream
 
     def _scan(self, keep: bool):
         """Reads every packet once: how many frames there are, when they are shown, whether the file is whole."""
-        stream, packets, pts = self._stream, [], []
+        stream, packets, pts, place = self._stream, [], [], -1
+        self._keys = []  # (pts, number of the packet) where decoding can begin
         vp8 = stream.codec_context.name in ("vp8", "libvpx")
         self._mid_start, cut = None, 0
         try:
             for packet in self._container.demux(stream):
                 if packet.size == 0:
                     continue
+                place += 1
                 if self._mid_start is None:
                     self._mid_start = not packet.is_keyframe
                 if keep:
@@ -134,6 +146,8 @@ class PyAVReader(_Reader):
                 if packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10):
                     cut += 1
                     continue
+                if packet.is_keyframe:
+                    self._keys.append((packet.pts, place))
                 pts.append(packet.pts)
                 if len(pts) > self.limits.max_frames:
                     break
@@ -151,8 +165,8 @@ class PyAVReader(_Reader):
 
     def _start(self):
         """Decodes up to the first frame, which tells the true picture size, the rotation and where pictures begin."""
-        self._frames, self._decoded = self._decode_all(), 0
-        self._first = next(self._frames, None)
+        self._pass = self._begin()
+        self._first = next(self._pass, None)
         if self._first is None:
             raise VideoError(self.path, f"none of its {self._count} frames can be decoded")
         if self._mid_start and self._ticks:
@@ -163,14 +177,14 @@ class PyAVReader(_Reader):
         decode to nothing. Those (up to the deepest reordering, 16, after the first good one) do not count."""
         first, seen = self._first, set()
         after = bisect.bisect_left(self._ticks, first.pts) + 17
-        for frame in itertools.chain([first], self._frames):
+        for frame in itertools.chain([first], self._pass):
             if frame.pts in self._ticks[after:]:
                 break
             seen.add(frame.pts)
         self._ticks = [tick for tick in self._ticks[:after] if tick in seen] + self._ticks[after:]
         self._count = len(self._ticks)
-        self._frames = self._decode_all()
-        self._first = next(self._frames)
+        self._pass = self._begin()
+        self._first = next(self._pass)
 
     def _describe(self):
         stream, first = self._stream, self._first
@@ -183,60 +197,121 @@ class PyAVReader(_Reader):
         turns = _quarter_turns(first.rotation)
         self._finish(first.width, first.height, times, float(rate or 0), stream.codec_context.name, turns)
 
-    def _source(self):
+    def _begin(self) -> "_Pass":
         if self._packets is not None:
             self._stream.codec_context.flush_buffers()
-            return self._stream, iter(self._packets)
+            return _Pass(self, self._stream.codec_context, iter(self._packets))
         container, stream = self._open()
-        return stream, (packet for packet in container.demux(stream) if packet.size)
+        return _Pass(self, stream.codec_context, (packet for packet in container.demux(stream) if packet.size))
 
-    def _decode_all(self) -> Iterator:
-        stream, packets = self._source()
-        context = stream.codec_context
-        self._decoded = 0
-        try:
-            for packet in packets:
-                for frame in context.decode(packet):
-                    self._decoded += 1
-                    if frame.is_corrupt:
-                        raise VideoError(self.path, f"damaged: frame {self._decoded} of {self._count} is corrupt")
-                    yield frame
-                self._check_clock()
-            for frame in context.decode(None):
-                self._decoded += 1
-                yield frame
-        except self._av.FFmpegError as error:
-            reason = f"damaged: {self._decoded} of {self._count} frames decoded, then {_text(error)}"
-            raise VideoError(self.path, reason) from None
+    def _entries(self, ordinal: dict | None) -> list[tuple[int, int, int | None]]:
+        """(frame, number of its packet, pts) at which decoding can begin; none where that cannot be told."""
+        if ordinal:
+            return sorted((ordinal[tick], place, tick) for tick, place in self._keys if tick in ordinal)
+        # Without usable timestamps: only if every packet is a picture of its own.
+        alone = len(self._keys) == self._count and self._keys[-1][1] == self._count - 1
+        return [(k, k, None) for k in range(self._count)] if alone else []
 
     def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, uint8 [H, W, 3] RGB, rotated) for the increasing `indices`, in one forward pass."""
-        wanted = [int(i) for i in indices]
-        first, frames = self._first, self._frames
-        self._first = self._frames = None
-        if frames is None:  # a second call: start again
-            frames = self._decode_all()
-            first = next(frames, None)
         from av.video.reformatter import VideoReformatter
 
-        to_rgb, size = VideoReformatter().reformat, (first.width, first.height)
+        to_rgb = VideoReformatter().reformat
+        turned = self._turns % 2
+        width, height = (self.info.height, self.info.width) if turned else (self.info.width, self.info.height)
+        for found, frame in self._find([int(i) for i in indices]):
+            # One conversion thread: with more, a 56x56 picture spends its time waking them.
+            rgb = to_rgb(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+            yield found, self._rotate(rgb)
+
+    def _find(self, wanted: list[int]) -> Iterator:
+        """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
         ordinal = {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
+        run, first = self._pass or self._begin(), self._first  # without a pass it is a second call: start again
+        self._pass = self._first = None
+        place = 0
+        try:
+            for found, frame in self._pick(run, first, wanted, ordinal, self._entries(ordinal)):
+                yield found, frame
+                place += 1
+        except VideoError:
+            if not run.skipped:
+                raise
+            # What claimed to be a key frame was none, or pictures after it refer to some before it.
+            yield from self._pick(self._begin(), None, wanted[place:], ordinal, [])
+
+    def _pick(self, run: "_Pass", frame, wanted: list[int], ordinal: dict | None, entries: list) -> Iterator:
         place, found = 0, -1
-        frame = first
-        while frame is not None and place < len(wanted):
+        while place < len(wanted):
+            at = bisect.bisect_right(entries, wanted[place], key=lambda entry: entry[0]) - 1
+            if at >= 0 and run.worth(entries[at][1]) and entries[at][0] > found:
+                run.jump(*entries[at][1:])
+                frame, found = None, entries[at][0] - 1
+            frame = frame or next(run, None)
+            if frame is None:
+                break
             found = ordinal.get(frame.pts, found) if ordinal else found + 1
             if found > wanted[place]:
                 break
             if found == wanted[place]:
-                # One conversion thread: with more, a 56x56 picture spends its time waking them.
-                rgb = to_rgb(frame, width=size[0], height=size[1], format="rgb24", threads=1).to_ndarray()
-                yield found, self._rotate(rgb)
+                yield found, frame
                 place += 1
-            if place < len(wanted):
-                frame = next(frames, None)
+            frame = None
         if place < len(wanted):
-            reason = f"damaged: {self._decoded} of {self._count} frames decoded, frame {wanted[place] + 1} is missing"
+            reason = f"damaged: {run.decoded} of {self._count} frames decoded, frame {wanted[place] + 1} is missing"
             raise VideoError(self.path, reason)
+
+
+class _Pass:
+    """Frames of a stream's packets in one forward pass; `decoded` and `skipped` count frames and packets."""
+
+    def __init__(self, reader: PyAVReader, context, packets: Iterator):
+        self._reader, self._context, self._packets = reader, context, packets
+        self._fed = self.decoded = self.skipped = 0
+        self._frames = self._run(None)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._frames)
+
+    def worth(self, place: int) -> bool:
+        """Whether leaving out the packets before this one saves more than emptying the decoder costs."""
+        return place - self._fed >= (1 if self._context.thread_count == 1 else _WORTH_A_JUMP)
+
+    def jump(self, place: int, tick: int | None) -> None:
+        """Goes on at packet `place`, a key frame; the first picture is its own, or a VideoError says that it is not."""
+        self._context.flush_buffers()
+        self.skipped += place - self._fed
+        for _ in itertools.islice(self._packets, place - self._fed):
+            self._reader._check_clock()
+        self._fed = place
+        self._frames = self._after(tick)
+
+    def _after(self, tick: int | None) -> Iterator:
+        for n, frame in enumerate(self._run(tick)):
+            if n == 0 and not (frame.key_frame and tick in (None, frame.pts)):
+                raise VideoError(self._reader.path, "damaged: a key frame is none")
+            yield frame
+
+    def _run(self, since: int | None) -> Iterator:
+        """Pictures shown before `since` refer to what was left out: they are not decoded."""
+        reader, count = self._reader, self._reader._count
+        try:
+            for packet in itertools.chain(self._packets, [None]):
+                self._fed += packet is not None
+                if packet is not None and since is not None and packet.pts is not None and packet.pts < since:
+                    continue
+                for frame in self._context.decode(packet):
+                    self.decoded += 1
+                    if frame.is_corrupt:
+                        raise VideoError(reader.path, f"damaged: frame {self.decoded} of {count} is corrupt")
+                    yield frame
+                reader._check_clock()
+        except reader._av.FFmpegError as error:
+            reason = f"damaged: {self.decoded} of {count} frames decoded, then {_text(error)}"
+            raise VideoError(reader.path, reason) from None
 
 
 class OpenCVReader(_Reader):
@@ -250,6 +325,8 @@ class OpenCVReader(_Reader):
         self._cv2, self._threads = cv2, threads or 1
         self._full, _, self._demuxers = check_file(path)
         capture = self._open()
+        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
+        self._check_size(*size)
         times = []
         while capture.grab():
             times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
@@ -264,7 +341,6 @@ class OpenCVReader(_Reader):
         seconds = np.asarray(times) - times[0]
         if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
             seconds = np.arange(len(times)) / (rate if rate > 0 else 25.0)
-        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
         code = int(capture.get(cv2.CAP_PROP_FOURCC))
         codec = "".join(chr(code >> 8 * i & 0xFF) for i in range(4)).strip("\0 ")
         turns = -_quarter_turns(int(capture.get(cv2.CAP_PROP_ORIENTATION_META))) % 4

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo
+from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo, check_sha256
 from data_pipelines.decoders import open_reader
 from data_pipelines.patches import VideoBudget, resize_frames
 
@@ -28,12 +28,14 @@ class Clip:
       seconds: float64 [T]; when each frame is shown, counted from the first frame of the file.
       info: the whole file's size, rate, length, codec.
       index: int64 [T]; each frame's number in the file, from 0.
+      warnings: what the decoder complained of though it returned every frame; only `sandbox` hears it.
     """
 
     frames: np.ndarray
     seconds: np.ndarray
     info: VideoInfo
     index: np.ndarray
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds_per_patch(self) -> float:
@@ -127,6 +129,7 @@ def read_frames(
     resize: tuple[int, int] | Callable[[int, int], tuple[int, int]] | VideoBudget | None = None,
     limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
+    sha256: str | None = None,
 ) -> Clip:
     """Reads frames of a video file in one forward pass.
 
@@ -139,6 +142,8 @@ def read_frames(
         frames are not all held at once.
       limits: sizes beyond which a file is refused.
       threads: decoding threads of one file; default 1 for small pictures, else FFmpeg's choice.
+      sha256: of the file's content [hexadecimal]. Most codecs have no checksum, so a flipped bit may decode to a wrong
+        picture; with the hash every change is an error.
 
     Returns:
       A Clip of an even number of frames; after an odd number the last is repeated, so one frame gives two.
@@ -147,6 +152,8 @@ def read_frames(
       VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
     """
     with open_reader(path, backend, limits, threads) as reader:
+        if sha256 is not None:
+            check_sha256(path, sha256)
         try:
             index = sample_indices(
                 reader.times,
