@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 MARGIN = 8  # least number of rows nominated beyond k before the exact ranking of an archive search
 SCORES = 1 << 23  # scores that an archive search holds at a time
+TILE_BYTES = 2 << 20  # rows that are multiplied at a time on a CPU
 GROUP = 64  # scores of which only the maximum is looked at first
 
 
@@ -185,25 +186,36 @@ def _plain_sum(query_qd, rows):
 
 def _nominate(query_qd, owner_q, rows, wide, block, score, approx):
     """The `wide` rows with the largest `score`, the smaller id on a tie: (score_qc, ids_qc), -inf and -1 beyond."""
-    n, num = rows[0].shape[0], query_qd.shape[0]
-    size = min(block or max(SCORES // max(num, 1) // GROUP, 1) * GROUP, n)
-    few = min(wide, size)
+    num, (n, d) = query_qd.shape[0], rows[0].shape
+    size = min(block or max(SCORES // max(num, 1), GROUP), n)
+    tile = size
+    if jax.default_backend() == "cpu":  # a tile is copied to the cache once; a larger slice goes to memory and back
+        tile = min(size, max(TILE_BYTES // (d * rows[0].dtype.itemsize) // GROUP, 1) * GROUP)
+    tiles = -(-size // tile)
     pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else _top_k
 
-    def visit(i, best):
-        start = jnp.minimum(i * size, n - size)  # the last block overlaps the one before it: one shape for all
-        emb_md, mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, size) if size < n else x for x in rows)
-        new_m = start + jnp.arange(size) >= i * size
+    def score_tile(first):
+        start = jnp.minimum(first, n - tile)  # the last tile overlaps the one before it: one shape for all
+        emb_md, mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, tile) if tile < n else x for x in rows)
+        new_m = start + jnp.arange(tile) >= first
         open_qm = (mask_m & new_m)[None, :] & ((owner_q[:, None] < 0) | (owner_q[:, None] == owner_m[None, :]))
-        score_qm = jnp.where(open_qm, score(query_qd, emb_md), -jnp.inf)
-        score_qc, ids_qc = pick(score_qm, few)
-        if few == wide and size == n:  # one block: nothing to merge with
-            return score_qc, ids_qc
+        return jnp.where(open_qm, score(query_qd, emb_md), -jnp.inf)
+
+    def score_block(first):
+        if tiles == 1:
+            return score_tile(first)
+        put = lambda j, out: lax.dynamic_update_slice(out, score_tile(first + j * tile), (0, j * tile))  # noqa: E731
+        return lax.fori_loop(0, tiles, put, jnp.zeros((num, tiles * tile), jnp.float32))
+
+    def visit(i, best):
+        first = i * tiles * tile
+        score_qc, at_qc = pick(score_block(first), min(wide, tiles * tile))
+        ids_qc = jnp.minimum(first + at_qc // tile * tile, n - tile) + at_qc % tile
         score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qc], axis=1), wide)
-        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qc + start], axis=1), at_qc, axis=1)
+        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qc], axis=1), at_qc, axis=1)
 
     best = (jnp.full((num, wide), -jnp.inf, jnp.float32), jnp.full((num, wide), -1, jnp.int32))
-    return visit(0, best) if size == n else lax.fori_loop(0, -(-n // size), visit, best)
+    return lax.fori_loop(0, -(-n // (tiles * tile)), visit, best)
 
 
 def _top_k(score_qm, k):

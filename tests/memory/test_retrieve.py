@@ -92,6 +92,20 @@ def test_archive_in_blocks(block):
         assert got == expected and (np.asarray(score[q]) > -np.inf).sum() == len(expected)
 
 
+@pytest.mark.parametrize("n", [64, 65, 300, 512])
+def test_tiles_of_a_block_change_nothing(monkeypatch, n):
+    """On a CPU a block is multiplied tile by tile; here of 64 rows, the last one overlapping."""
+    rng = np.random.default_rng(8)
+    emb, query, mask = unit(rng, n, 16), unit(rng, 3, 16), rng.random(n) < 0.8
+    emb[n // 2 :] = emb[: n - n // 2]
+    want = retrieve.search(query, emb, 9, mask_n=mask)
+    monkeypatch.setattr(retrieve, "TILE_BYTES", 64 * 64)
+    for block in (None, 200, 64):
+        got = retrieve.search(query, emb, 9, mask_n=mask, block=block)
+        np.testing.assert_array_equal(got[1], want[1])
+        np.testing.assert_array_equal(got[0], want[0])
+
+
 def test_equal_rows_tie_to_the_smallest_ids_however_many_there_are():
     """More equal rows than are nominated, in blocks whose products round differently: the plain sum decides."""
     rng = np.random.default_rng(3)
