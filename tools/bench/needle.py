@@ -7,7 +7,9 @@ question has a given cosine with the needle and is random otherwise. `expected` 
 than k of as many independent others score higher: what an exact search must show, at every depth.
 With --run (a finished run with a trained retriever and its memory of the synthetic test set), the hour is made of
 events of other test videos whose scenes the question does not name; the events that it names are put in side by side.
-All of them among the k best count as found. Writes a heat map, depth across; prints its numbers.
+Found are all of them among the k best, and beside it the share of them.
+
+Writes a heat map, depth across, and prints its numbers.
 """
 
 import argparse
@@ -31,8 +33,8 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def found_share(draw, depth: int, events: int, k: int, trials: int) -> float:
-    """Share of `trials` in which all needles are among the k best of `events` others.
+def found_share(draw, depth: int, events: int, k: int, trials: int) -> np.ndarray:
+    """[2]: share of `trials` in which all needles are among the k best of `events` others; mean share of the needles.
 
     `draw(events)` gives a question [D], its needles [n, D] and the other events [events, D].
     """
@@ -47,8 +49,8 @@ def found_share(draw, depth: int, events: int, k: int, trials: int) -> float:
             emb.append(np.concatenate([others[:at], needles, others[at:]]))
             needed[b, at : at + len(needles)] = True
         ids, valid = topk(np.stack(query), np.stack(emb), np.ones(needed.shape, bool), k)
-        hits.append(np.asarray(embed.recall(ids, valid, needed)[0]))
-    return float(np.mean(np.concatenate(hits)))
+        hits.append(np.stack([np.asarray(x, float) for x in embed.recall(ids, valid, needed)]))
+    return np.concatenate(hits, axis=1).mean(1)
 
 
 topk = jax.jit(retrieve.topk_events, static_argnames="k")
@@ -142,17 +144,19 @@ def main() -> None:
     rng = np.random.default_rng(0)
     maps = []
 
-    def measure(title, cases, beside):
-        """cases: name -> (draw, events)."""
+    def measure(title, cases, beside, share_title=None):
+        """cases: name -> (draw, events). With `share_title` also a map of the share of the needles."""
         share = functools.partial(found_share, k=args.k, trials=args.trials)
         shares = np.array([[share(draw, depth, events) for depth in DEPTHS] for draw, events in cases.values()])
-        table(title, cases, shares, beside)
-        maps.append((title, list(cases), shares))
+        for i, name in enumerate([title] + ([share_title] if share_title else [])):
+            table(name, cases, shares[..., i], beside)
+            maps.append((name, list(cases), shares[..., i]))
 
     if args.run:
         draw, seconds = run_draw(rng, args.run)
         cases = {f"{m} min, {round(60 * m / seconds)} events": (draw, round(60 * m / seconds)) for m in MINUTES}
-        measure("The run's retriever on events of the synthetic test set", cases, {})
+        measure("Synthetic events, the run's retriever: all events that the question names", cases, {},
+                "Synthetic events: share of the events that the question names")
     else:
         draw = random_draw(rng, COSINE)
         sizes = {f"{m} min, {round(60 * m / SECONDS)} events": round(60 * m / SECONDS) for m in MINUTES}
