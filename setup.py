@@ -44,8 +44,9 @@ EXTRAS = {
     # Reference implementations for the conversion tests; never imported by a run.
     "parity": ["torch>=2.10", "torchvision", "transformers>=5.5,<6", "qwen-vl-utils==0.0.14"],
     # PySceneDetect stands beside our segmenter in tools/bench/events.py. It brings opencv-python, whose cv2 overwrites
-    # the headless one: give it an environment of its own, without the constraint files.
-    "bench": ["scenedetect>=0.7"],
+    # the headless one: give it an environment of its own, without the constraint files. FAISS stands beside ours in
+    # tools/bench/retrieval.py.
+    "bench": ["scenedetect>=0.7", "faiss-cpu>=1.9"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
 }
 

@@ -16,6 +16,7 @@ PURE = (
     "marc_jax.models.rope",
     "marc_jax.memory.retrieve",
     "marc_jax.memory.compress",
+    "marc_jax.memory.budget",
     "marc_jax.rl.advantages",
     "marc_jax.rl.answers",
     "marc_jax.rl.logprob",
@@ -31,6 +32,7 @@ ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.ask")
 ABOVE = {
     "marc_jax.memory.view": (
         "marc_jax.baselines",
+        "marc_jax.memory.budget",
         "marc_jax.memory.compress",
         "marc_jax.memory.retrieve",
         "marc_jax.rl.types",

@@ -32,7 +32,7 @@ class Compressed:
     Attributes:
       tokens_bkpd: [B, K, P, D], dtype of the input; zero where masked.
       t_bk: float32 [B, K]; mean source index under the row's weights; 0 where masked.
-      size_bk: int32 [B, K]; how many source patches the row stands for.
+      size_bk: int32 [B, K]; how many source patches the row stands for (also where it is one of them, "select").
       weights_bkt: float32 [B, K, T]; each valid row sums to 1.
       mask_bk: bool [B, K].
     """
@@ -80,20 +80,22 @@ def merge_weights(
 
 
 def compress(
-    vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, target_b=None, t_bt=None
-) -> Compressed:
+    vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, target_b=None, t_bt=None,
+    represent="mean",
+) -> Compressed:  # fmt: skip
     """Two-stage greedy merging of T temporal patches into at most `keep`. Arguments as in `merge_weights`.
 
     `t_bt` (optional, float [B, T]) is the time index of each source patch, which `t_bk` averages; default 0..T-1.
+    `represent`: "mean" of the sources of a kept patch, or "select", the source most like that mean, as it is.
     """
     weights_bkt = merge_weights(
         vis_btpd, mask_bt, event_bt, keep, per_event=per_event, window=window, weighted=weighted, target_b=target_b
     )
-    return apply_weights(vis_btpd, mask_bt, weights_bkt, t_bt)
+    return _represent(vis_btpd, mask_bt, weights_bkt, t_bt, represent)
 
 
 def compress_per_event(
-    vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, t_bt=None
+    vis_btpd, mask_bt, event_bt, keep, *, per_event=None, window=None, weighted=False, t_bt=None, represent="mean"
 ) -> Compressed:
     """One patch per event: row e is event slot e merged to one patch. `event_bt` counts slots 0..keep-1.
 
@@ -103,7 +105,31 @@ def compress_per_event(
     del per_event, window
     num_patches = vis_btpd.shape[1]
     _, share_bt, _ = _merge(vis_btpd, mask_bt, event_bt, num_patches, 1, None, weighted, None, "cosine")
-    return apply_weights(vis_btpd, mask_bt, _weights(event_bt, share_bt, keep), t_bt)
+    return _represent(vis_btpd, mask_bt, _weights(event_bt, share_bt, keep), t_bt, represent)
+
+
+def _represent(vis_btpd, mask_bt, weights_bkt, t_bt, represent):
+    if represent not in ("mean", "select"):
+        raise ValueError(f"represent must be 'mean' or 'select', not {represent!r}")
+    mean = apply_weights(vis_btpd, mask_bt, weights_bkt, t_bt)
+    if represent == "mean":
+        return mean
+    chosen_bkt = nearest_sources(vis_btpd, mask_bt, weights_bkt)
+    return dataclasses.replace(apply_weights(vis_btpd, mask_bt, chosen_bkt, t_bt), size_bk=mean.size_bk)
+
+
+def nearest_sources(vis_btpd, mask_bt, weights_bkt) -> jax.Array:
+    """One-hot weights [B, K, T]: of each row's sources the one with the largest mean_p cos to the row's mean.
+
+    The earliest of equals (on SIMILARITY_GRID); rows of zeros stay so. Carries no gradient.
+    """
+    vis_btpd = jnp.where(mask_bt[:, :, None, None], lax.stop_gradient(vis_btpd), 0).astype(jnp.float32)
+    unit = lambda x: x * lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-30)  # noqa: E731
+    mean_bkpd = unit(jnp.einsum("bkt,btpd->bkpd", weights_bkt, vis_btpd, precision="highest"))
+    sim_bkt = jnp.einsum("bkpd,btpd->bkt", mean_bkpd, unit(vis_btpd), precision="highest") / vis_btpd.shape[2]
+    sim_bkt = jnp.where(weights_bkt > 0, jnp.round(sim_bkt * SIMILARITY_GRID), -jnp.inf)
+    chosen_bkt = jnp.argmax(sim_bkt, axis=2)[:, :, None] == jnp.arange(mask_bt.shape[1])
+    return (chosen_bkt & jnp.any(weights_bkt > 0, axis=2, keepdims=True)).astype(jnp.float32)
 
 
 def apply_weights(vis_btpd, mask_bt, weights_bkt, t_bt=None) -> Compressed:

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-MARGIN = 8  # rows nominated beyond k before the exact ranking of an archive search
+MARGIN = 8  # least number of rows nominated beyond k before the exact ranking of an archive search
+SCORES = 1 << 23  # scores that an archive search holds at a time
+TILE_BYTES = 2 << 20  # rows that are multiplied at a time on a CPU
+GROUP = 64  # scores of which only the maximum is looked at first
 
 
 def topk_events(query_bd, event_emb_bed, event_mask_be, k, *, rule=None, **rule_args):
@@ -113,49 +116,128 @@ def gather_events(vis_btpd, ids_bk, valid_bk, event_start_be, event_len_be, max_
     return vis_bnpd, mask_bn, slot_bn, patch_bn
 
 
-def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, block=1 << 16, approx=False):
+def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, block=None, approx=False):
     """Exact top-k of an archive, block by block: only [Q, block] scores exist at any time.
 
-    The matrix product rounds equal rows differently in different places, so it only nominates k + MARGIN rows; those
-    are scored again, each by the same sum in the same order, and ranked by (score, id). So equal rows tie exactly,
-    the smaller id wins, and the answer does not depend on blocks or shards.
+    A matrix product rounds equal rows differently in different places, so it only nominates some more than k rows;
+    those are scored again, each by the same sum in the same order, and ranked by (score, id). If the last nominee's
+    score is not below the k-th by more than rounding can explain (more near-equal rows than nominees), the question is
+    answered anew by the plain sum over all rows. So equal rows tie exactly, the smaller id wins, and the answer does
+    not depend on blocks or shards.
 
     Args:
-      query_qd: [Q, D]; emb_nd: [N, D], both L2-normalised; scores are float32 whatever their dtype.
+      query_qd: [Q, D]; emb_nd: [N, D], both L2-normalised; scores are float32 whatever their dtype. The product runs
+        in bfloat16 (with float32 sums) only if both are bfloat16: rounding the questions alone would lose exactness.
       k: events per question.
       mask_n: optional bool [N]; False rows are never returned.
       owner_n, owner_q: optional int32 [N] and [Q]; a question is answered only from rows with its owner (a video or
         a camera), from all rows if its owner is negative.
-      approx: per block `lax.approx_max_k` (recall target 0.95; exact off TPU) in place of `lax.top_k`.
+      block: rows scored at a time; default, as many as keep Q x block at SCORES, or all of them if they are fewer.
+      approx: nominate by `lax.approx_max_k` in place of `lax.top_k`, and do not check the nominees. Each of the true
+        nominees is found with probability 0.95 or better on TPU (2206.14286), where it is faster; elsewhere XLA
+        computes it exactly.
 
     Returns:
       score_qk float32 [Q, k], best first, -inf where fewer than k rows qualify; ids_qk int32, -1 there.
     """
-    n, wide = emb_nd.shape[0], k + MARGIN
-    block = min(block, max(n, 1))
-    full = n // block
+    query_qd, emb_nd = jnp.asarray(query_qd), jnp.asarray(emb_nd)
+    n, d = emb_nd.shape
+    if n == 0:
+        shape = (query_qd.shape[0], k)
+        return jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
     mask_n = jnp.ones(n, bool) if mask_n is None else mask_n
-    shape = (query_qd.shape[0], wide)
-    best = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32))
-    pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else lax.top_k
+    owner_n = jnp.zeros(n, jnp.int32) if owner_n is None else owner_n
+    owner_q = jnp.full(query_qd.shape[0], -1, jnp.int32) if owner_q is None else owner_q
+    wide = k + max(MARGIN, k // 4)
+    rows = (emb_nd, mask_n, owner_n)
+    near_qc, ids_qc = _nominate(query_qd, owner_q, rows, wide, block, _product, approx)
+    score_qk, ids_qk = _score_again(query_qd, emb_nd, near_qc, ids_qc, k)
+    if approx or n <= wide:
+        return score_qk, ids_qk
+    # Both sums are off by at most d * 2^-24 for unit vectors, in whatever order; twice that for other accumulators.
+    slack = 4 * d * 2.0**-24
+    sure_q = (near_qc[:, -1] + slack < score_qk[:, -1]) | (near_qc[:, -1] == -jnp.inf)
 
-    def visit(best, start, size):
-        rows = lambda x: lax.dynamic_slice_in_dim(x, start, size)  # noqa: E731
-        score_qn = jnp.einsum("qd,nd->qn", query_qd, rows(emb_nd), precision="highest",
-                              preferred_element_type=jnp.float32)  # fmt: skip
-        open_qn = rows(mask_n)[None, :]
-        if owner_n is not None:
-            open_qn = open_qn & ((owner_q[:, None] < 0) | (owner_q[:, None] == rows(owner_n)[None, :]))
-        score_qk, ids_qk = pick(jnp.where(open_qn, score_qn, -jnp.inf), min(wide, size))
-        score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qk], axis=1), wide)
-        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qk + start], axis=1), at_qc, axis=1)
+    def answer(args):
+        query_d, owner, sure, score_k, ids_k = args
 
-    best = lax.fori_loop(0, full, lambda i, best: visit(best, i * block, block), best)
-    if n % block:
-        best = visit(best, full * block, n % block)
-    rows_qcd = emb_nd[jnp.maximum(best[1], 0)].astype(jnp.float32)
-    score_qc = jnp.sum(query_qd.astype(jnp.float32)[:, None, :] * rows_qcd, axis=-1)
-    return rank(jnp.where(best[0] > -jnp.inf, score_qc, -jnp.inf), best[1], k)
+        def anew():
+            one = (query_d[None], owner[None])
+            score_qk, ids_qk = _score_again(one[0], emb_nd, *_nominate(*one, rows, wide, block, _plain_sum, False), k)
+            return score_qk[0], ids_qk[0]
+
+        return lax.cond(sure, lambda: (score_k, ids_k), anew)
+
+    return lax.cond(
+        jnp.all(sure_q),
+        lambda: (score_qk, ids_qk),
+        lambda: lax.map(answer, (query_qd, owner_q, sure_q, score_qk, ids_qk)),
+    )
+
+
+def _product(query_qd, emb_nd):
+    return jnp.einsum("qd,nd->qn", query_qd, emb_nd, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _plain_sum(query_qd, rows):
+    """Rows [N, D], the same for every question, or [Q, C, D]."""
+    return jnp.sum(query_qd.astype(jnp.float32)[:, None, :] * rows.astype(jnp.float32), axis=-1)
+
+
+def _nominate(query_qd, owner_q, rows, wide, block, score, approx):
+    """The `wide` rows with the largest `score`, the smaller id on a tie: (score_qc, ids_qc), -inf and -1 beyond."""
+    num, (n, d) = query_qd.shape[0], rows[0].shape
+    size = min(block or max(SCORES // max(num, 1), GROUP), n)
+    tile = size
+    if jax.default_backend() == "cpu":  # a tile is copied to the cache once; a larger slice goes to memory and back
+        tile = min(size, max(TILE_BYTES // (d * rows[0].dtype.itemsize) // GROUP, 1) * GROUP)
+    tiles = -(-size // tile)
+    pick = functools.partial(lax.approx_max_k, recall_target=0.95) if approx else _top_k
+
+    def score_tile(first):
+        start = jnp.minimum(first, n - tile)  # the last tile overlaps the one before it: one shape for all
+        emb_md, mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, tile) if tile < n else x for x in rows)
+        new_m = start + jnp.arange(tile) >= first
+        open_qm = (mask_m & new_m)[None, :] & ((owner_q[:, None] < 0) | (owner_q[:, None] == owner_m[None, :]))
+        return jnp.where(open_qm, score(query_qd, emb_md), -jnp.inf)
+
+    def score_block(first):
+        if tiles == 1:
+            return score_tile(first)
+        put = lambda j, out: lax.dynamic_update_slice(out, score_tile(first + j * tile), (0, j * tile))  # noqa: E731
+        return lax.fori_loop(0, tiles, put, jnp.zeros((num, tiles * tile), jnp.float32))
+
+    def visit(i, best):
+        first = i * tiles * tile
+        score_qc, at_qc = pick(score_block(first), min(wide, tiles * tile))
+        ids_qc = jnp.minimum(first + at_qc // tile * tile, n - tile) + at_qc % tile
+        score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qc], axis=1), wide)
+        return score_qc, jnp.take_along_axis(jnp.concatenate([best[1], ids_qc], axis=1), at_qc, axis=1)
+
+    best = (jnp.full((num, wide), -jnp.inf, jnp.float32), jnp.full((num, wide), -1, jnp.int32))
+    return lax.fori_loop(0, -(-n // (tiles * tile)), visit, best)
+
+
+def _top_k(score_qm, k):
+    """`lax.top_k`, by maxima of GROUP neighbours first: the k best lie in the k groups with the best maxima.
+
+    Also on a tie: groups go by (maximum, smaller id), and each of k groups holds one that is as good as any left out.
+    """
+    num, size = score_qm.shape
+    if size // GROUP < 4 * k:
+        return lax.top_k(score_qm, k)
+    score_qm = jnp.pad(score_qm, ((0, 0), (0, -size % GROUP)), constant_values=-jnp.inf)
+    score_qgm = score_qm.reshape(num, -1, GROUP)
+    _, group_qk = lax.top_k(jnp.max(score_qgm, axis=2), k)
+    group_qk = jnp.sort(group_qk, axis=1)  # ids ascend, so that the smaller one wins a tie
+    left_qc = jnp.take_along_axis(score_qgm, group_qk[:, :, None], axis=1).reshape(num, k * GROUP)
+    best_qk, at_qk = lax.top_k(left_qc, k)
+    return best_qk, jnp.take_along_axis(group_qk, at_qk // GROUP, axis=1) * GROUP + at_qk % GROUP
+
+
+def _score_again(query_qd, emb_nd, near_qc, ids_qc, k):
+    score_qc = _plain_sum(query_qd, emb_nd[jnp.maximum(ids_qc, 0)])
+    return rank(jnp.where(near_qc > -jnp.inf, score_qc, -jnp.inf), ids_qc, k)
 
 
 def rank(score_qc, ids_qc, k):

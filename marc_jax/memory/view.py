@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from data_pipelines.patches import PATCH_MEAN, PATCH_STD
 from marc_jax.baselines import mean, pooled
-from marc_jax.memory import compress, retrieve
+from marc_jax.memory import budget, compress, retrieve
 from marc_jax.rl.types import PromptBatch
 
 SELECT = ("all", "retrieve", "random", "none")
@@ -38,6 +38,11 @@ class View:
       keep: temporal patches that are left after merging.
       in_event: budget of one event in stage 1 of the merge (None: stage 2 alone).
       weighted: size-weighted means in the merge instead of the paper's (a + b) / 2.
+      represent: a merged patch is the "mean" of its sources, or "select"s the one most like it.
+      rule: None, always k events; "mass" or "gap", fewer where the scores say so (`retrieve.enough`).
+      adaptive: "merge" to as many patches as the video deserves, 1..keep on the ladder of `budget`, shared among its
+        events by what changes in them and how long they are, in place of `in_event`.
+      tokens: most visual tokens read, for budgets below a whole patch; the least telling are masked.
     """
 
     select: str = "all"
@@ -46,10 +51,18 @@ class View:
     keep: int = 1
     in_event: int | None = 1
     weighted: bool = False
+    represent: str = "mean"
+    rule: str | None = None
+    adaptive: bool = False
+    tokens: int | None = None
 
     def __post_init__(self):
         if self.select not in SELECT or self.method not in METHOD:
             raise ValueError(f"view: select must be one of {SELECT} and method one of {METHOD}, got {self}")
+        if self.adaptive and self.method != "merge":
+            raise ValueError(f"view: adaptive shares the budget of a merge, but method is {self.method!r}")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"view: tokens must be at least 1 (or None for all), not {self.tokens}")
 
     def patches(self, max_patches: int, max_event: int) -> int:
         """S, the static number of temporal patches that reach the vision tower."""
@@ -62,7 +75,6 @@ class View:
         if self.method == "per_event":
             return self.k
         return {"merge": self.keep, "mean": 1, "pooled": 1}[self.method]
-
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +120,7 @@ class Visual:
 
 def retrieved(view: View, index: VideoIndex, query_bd: jax.Array):
     """Event slots [B, k] in time order, and their validity, for the question embeddings query_bd [B, D]."""
-    return retrieve.topk_events(query_bd, index.emb_bed, index.mask_be, view.k)
+    return retrieve.topk_events(query_bd, index.emb_bed, index.mask_be, view.k, rule=view.rule)
 
 
 def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_event: int, key) -> Visual:
@@ -144,13 +156,27 @@ def to_tokens(model, patches_bsnc, grid_hw):
     return tokens.reshape(b, s, *tokens.shape[1:])
 
 
+def deserved(view: View, vis_bspd, mask_bs, event_bs):
+    """An adaptive view's budgets in patches: of each video int32 [B], and of each patch's event int32 [B, S]."""
+    s, p = vis_bspd.shape[1:3]
+    len_be, change_be = budget.event_statistics(vis_bspd, mask_bs, event_bs, s)
+    tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p)
+    total_b = jnp.clip(tokens_b // p, 1, view.keep)
+    share_be = budget.share(total_b, budget.event_weights(len_be, change_be), len_be, min(view.keep, s))
+    return total_b, budget.of_patches(share_be, event_bs)
+
+
 def reduce(view: View, vis_bspd, visual: Visual) -> compress.Compressed:
     """Apply the view's compression to visual tokens [B, S, p, D]; "keep" gives every patch a row of its own."""
     args = (vis_bspd, visual.mask_bs, visual.event_bs)
+    how = dict(weighted=view.weighted, represent=view.represent)
+    if view.method == "merge" and view.adaptive:
+        total_b, per_event = deserved(view, *args)
+        return compress.compress(*args, view.keep, per_event=per_event, target_b=total_b, **how)
     if view.method == "merge":
-        return compress.compress(*args, view.keep, per_event=view.in_event, weighted=view.weighted)
+        return compress.compress(*args, view.keep, per_event=view.in_event, **how)
     if view.method == "per_event":
-        return compress.compress_per_event(*args, view.k, weighted=view.weighted)
+        return compress.compress_per_event(*args, view.k, **how)
     if view.method == "mean":
         return mean.compress(*args, 1)
     if view.method == "pooled":
@@ -180,6 +206,9 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
         patch_bp = jnp.clip(prompt.vis_index_bp, 0) // p
         offset_bp = jnp.take_along_axis(jnp.floor(t_bk * time_scale + 1e-4).astype(jnp.int32), patch_bp, axis=1)
         there_bp = jnp.take_along_axis(kept.mask_bk, patch_bp, axis=1)
+        if view.tokens is not None:
+            read_bn = budget.telling_tokens(kept.tokens_bkpd, kept.mask_bk, view.tokens).reshape(b, k * p)
+            there_bp &= jnp.take_along_axis(read_bn, jnp.clip(prompt.vis_index_bp, 0), axis=1)
         pos_3bp = prompt.pos_3bp.at[0].add(jnp.where(is_vis_bp, offset_bp, 0))
         mask_bp = prompt.mask_bp & (~is_vis_bp | there_bp)
         return kept.tokens_bkpd.reshape(b, k * p, d), dataclasses.replace(prompt, pos_3bp=pos_3bp, mask_bp=mask_bp)

@@ -175,3 +175,52 @@ def test_fast_enough_on_a_cpu_for_the_quick_start():
     for _ in range(5):
         once()
     assert (time.perf_counter() - start) / 5 < 0.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_select_keeps_the_source_most_like_the_mean(weighted):
+    for seed in range(4):
+        vis, mask, event = scene(seed)
+        event_t = np.arange(9, dtype=np.float32) * 10 + np.zeros((2, 1), np.float32)
+        options = dict(per_event=2, weighted=weighted)
+        out = compress.compress(vis, mask, event, 3, represent="select", t_bt=event_t, **options)
+        for b in range(2):
+            rows = reference(vis[b], mask[b], event[b], 3, **options)
+            assert list(out.size_bk[b][: len(rows)]) == [r["size"] for r in rows]
+            for k, row in enumerate(rows):
+                dot = np.sum(vis[b] * row["x"], -1)
+                cos = dot / (np.linalg.norm(vis[b], axis=-1) * np.linalg.norm(row["x"], axis=-1))
+                best = int(np.argmax(np.where(row["w"] > 0, np.round(cos.mean(1) * compress.SIMILARITY_GRID), -np.inf)))
+                np.testing.assert_array_equal(out.tokens_bkpd[b, k], vis[b, best])
+                assert out.t_bk[b, k] == 10 * best
+    nothing = compress.compress(vis, np.zeros_like(mask), event, 3, represent="select")
+    assert not nothing.mask_bk.any() and not nothing.tokens_bkpd.any()
+    with pytest.raises(ValueError, match="'mean' or 'select'"):
+        compress.compress(vis, mask, event, 3, represent="median")
+
+
+def test_select_of_one_patch_per_event():
+    vis, mask, event = scene(5, holes=False)
+    out = compress.compress_per_event(vis, mask, event, 4, represent="select")
+    for b in range(2):
+        for e in np.unique(event[b]):
+            assert any((np.asarray(out.tokens_bkpd[b, e]) == vis[b, t]).all() for t in np.flatnonzero(event[b] == e))
+
+
+def test_a_merge_costs_as_much_as_one_row_of_similarities():
+    """FLOPs that XLA counts for the loop's body: they double with T, they do not quadruple."""
+
+    def flops(t, p=1024):
+        shapes = (
+            jax.ShapeDtypeStruct((t, t, p), jnp.float32),
+            jax.ShapeDtypeStruct((t,), bool),
+            *(jax.ShapeDtypeStruct((t,), jnp.int32),) * 2,
+            jax.ShapeDtypeStruct((), jnp.int32),
+        )
+        one = lambda *args: compress._merge_one(  # noqa: E731
+            *args, trips=t - 1, window=t, weighted=False, metric="cosine"
+        )
+        return jax.jit(one).lower(*shapes).cost_analysis()["flops"]  # a loop's body is counted once
+
+    # Beside T x P there is one comparison of T x T events, so P is large here.
+    assert flops(128) / flops(64) < 2.2

@@ -91,3 +91,44 @@ def test_padding_of_a_short_video_is_masked_in_its_prompt():
 def test_an_unknown_view_is_refused():
     with pytest.raises(ValueError, match="select must be one of"):
         views.View("some", "merge")
+
+
+def test_an_adaptive_view_keeps_more_where_more_happens():
+    rng = np.random.default_rng(0)
+    still = np.tile(rng.normal(size=(1, 1, 64, D)), (1, 6, 1, 1))
+    vis = jnp.asarray(np.concatenate([still, rng.normal(size=(1, 6, 64, D))]), jnp.float32)
+    mask, event = jnp.ones((2, 6), bool), jnp.array([[0, 0, 0, 1, 1, 1]] * 2)
+    view = views.View("all", "merge", keep=8, adaptive=True)
+    total, per_patch = views.deserved(view, vis, mask, event)
+    assert total.tolist() == [2, 8]  # 2 patches of 64 tokens fill 128; 6 want 384 and get the rung of 512
+    assert per_patch[0].tolist() == [1] * 6 and per_patch[1].tolist() == [3] * 6
+    visual = views.Visual(vis, mask, event, jnp.zeros((2, 6)))
+    assert views.reduce(view, vis, visual).mask_bk.sum(1).tolist() == [2, 6]
+
+
+def test_a_budget_below_a_patch_masks_the_least_telling_tokens():
+    vis = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 2 * 2, D)), jnp.float32)
+
+    class Whole:
+        cfg = Model.cfg
+
+        def merge_features(self, features):
+            return features
+
+    visual = views.Visual(vis, jnp.ones((2, 4), bool), jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4)))
+    tokens, prompt = views.make_encode(views.View("all", "mean", tokens=3), (4, 4), 1.0)(Whole(), visual, prompts(4))
+    assert tokens.shape == (2, 4, D) and prompt.mask_bp[:, 1:5].sum(1).tolist() == [3, 3] and prompt.mask_bp[:, 0].all()
+
+
+def test_retrieval_by_rule_may_take_fewer_events():
+    query = jnp.array([[1.0, 0.0, 0.0], [0.6, 0.6, 0.0]])  # about one event; about two alike
+    for rule, patches in ((None, [3, 3]), ("gap", [2, 1]), ("mass", [2, 3])):
+        got = views.select(views.View("retrieve", "merge", k=2, rule=rule), index(), query, BANK, 2, None)
+        assert got.mask_bs.sum(1).tolist() == patches, rule
+
+
+def test_options_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="adaptive shares the budget of a merge"):
+        views.View("all", "mean", adaptive=True)
+    with pytest.raises(ValueError, match="tokens must be at least 1"):
+        views.View(tokens=0)
