@@ -43,6 +43,23 @@ class Sampling:
         return dataclasses.replace(clip, frames=patches.resize_frames(clip.frames, self.size, self.size))
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A file after everything that needs no device.
+
+    Attributes:
+      clip: the sampled frames.
+      sha256: of the file.
+      spans: its events in temporal patches.
+      full: the frames in the file's own size where an encoder wants them, else None.
+    """
+
+    clip: video.Clip
+    sha256: str
+    spans: list
+    full: np.ndarray | None = None
+
+
 def tower_sha256(params: dict) -> str:
     """Hash of what makes tower features: the vision tower's parameters without the merger."""
     tower = {name: part for name, part in params["vision"].items() if name != "merger"}
@@ -68,7 +85,7 @@ class Indexer:
         self.fingerprint = store.fingerprint(
             tower=tower_sha256(params),
             retriever=encoder.fingerprint if encoder else store.tree_sha256(jax.device_get(retriever)),
-            preprocessing=dataclasses.asdict(sampling),
+            preprocessing={**dataclasses.asdict(sampling), "resize": patches.RESIZE},
             segmenter=shots.fingerprint if shots else events.FINGERPRINT,
             pool=pool,
         )
@@ -121,12 +138,24 @@ class Indexer:
             grid=self.sampling.grid_hw,
         )
 
-    def file(self, path) -> store.MemoryEntry:
-        """Reads and indexes a file."""
+    def decode(self, path, sha256: str | None = None) -> Decoded:
+        """Reads and divides a file; safe in threads. `sha256` of the file, where it is known already.
+
+        Raises VideoError naming the file and the reason.
+        """
         if self.encoder is None:
             clip, full = self.sampling.read(path), None
         else:
             whole = self.sampling.read_full(path)
             clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds) if self.shots else None
-        return self.entry(clip, store.file_sha256(path), spans=spans, full=full)
+        spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
+        return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
+
+    def encode(self, decoded: Decoded) -> store.MemoryEntry:
+        """The memory of a decoded file; `extra` holds its length in seconds."""
+        entry = self.entry(decoded.clip, decoded.sha256, spans=decoded.spans, full=decoded.full)
+        return dataclasses.replace(entry, extra={"duration": float(decoded.clip.info.duration)})
+
+    def file(self, path) -> store.MemoryEntry:
+        """Reads and indexes a file."""
+        return self.encode(self.decode(path))
