@@ -93,6 +93,8 @@ def page(
         body += _track(name, track, colours, span)
         cards = "".join(_card(e, colours[e.video, e.number]) for e in shown if e.video == name)
         body += f'<div class="cards">{cards}</div>' if cards else ""
+    if shown:
+        body += '<p class="note">In colour: events that were read. Grey: the darker, the nearer to the question.</p>'
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{1000 * s:,.2f} ms</td></tr>" for name, s in times.items())
     body += f"<h2>Where the time went</h2><table>{rows}</table>" if rows else ""
     return (
