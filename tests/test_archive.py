@@ -30,9 +30,9 @@ def save(folder: pathlib.Path, params: dict) -> None:
     checkpoint.save(folder / "checkpoints", 1, {"params": flat}, {"trainable": sorted(flat)})
 
 
-def write_run(workdir: pathlib.Path, repo: pathlib.Path, seed: int = 0) -> pathlib.Path:
+def write_run(workdir: pathlib.Path, repo: pathlib.Path, seed: int = 0, *changes: str) -> pathlib.Path:
     """A run as training leaves it: config, tokenizer, teacher, retriever and student."""
-    changes = [f"--config.model.{part}.{key}={n}" for part, sizes in SMALL.items() for key, n in sizes.items()]
+    changes = [*changes, *(f"--config.model.{p}.{key}={n}" for p, sizes in SMALL.items() for key, n in sizes.items())]
     config = settings.experiment(str(repo / "experiments" / "quickstart.py"), changes)
     workdir.mkdir()
     settings.keep(config, workdir / "config.json")
@@ -222,6 +222,19 @@ def test_questions_that_cannot_be_answered_say_why(place, memory, tmp_path):
 def test_whole_videos_are_answered_about_one_at_a_time(place, memory):
     answer = Archive(memory, view="full").ask(QUESTION, videos(place)[1])
     assert answer.events == () and answer.tokens == answer.all_tokens
+
+
+def test_a_student_with_its_own_vision_tower_sees_the_videos_found(place, repo, tmp_path):
+    own = write_run(place / "own", repo, 0, "--config.sft.visual=pixels")
+    name = str(shutil.copy(videos(place)[0], tmp_path / "film.mp4"))
+    archive = Archive(tmp_path / "memory", own)
+    archive.index([name, videos(place)[1]])
+    kept = archive.ask(QUESTION, name)
+    assert kept.text == Archive(None, own).ask(QUESTION, name).text and "decode" in kept.seconds
+    assert archive.ask(QUESTION).tokens == 4
+    os.unlink(name)
+    with pytest.raises(VideoError, match="film.mp4: no such file"):
+        archive.ask(QUESTION, name)
 
 
 def test_the_pictures_of_an_archive(place, memory, tmp_path):
