@@ -146,6 +146,7 @@ class MemoryWriter:
         self.tokens, self.flush_bytes = tokens, flush_bytes
         self.path.mkdir(parents=True, exist_ok=True)
         self._done = MemoryReader(path, fingerprint).contents()
+        self._known = {sha256: video for video, sha256 in self._done.items()}
         remove_leftovers(self.path)
         self._writer, self._lock, self._name, self._added, self._size = None, None, None, [], 0
         self.bytes, self.flushed = 0, time.monotonic()
@@ -155,8 +156,9 @@ class MemoryWriter:
         return video_id in self._done
 
     def same_content(self, video_sha256: str) -> str | None:
-        """The id under which a file of this content is there; None: nowhere."""
-        return next((video for video, sha256 in self._done.items() if sha256 == video_sha256), None)
+        """The id under which a file of this content is there; None: nowhere. May be asked in threads."""
+        video = self._known.get(video_sha256)
+        return video if self._done.get(video) == video_sha256 else None
 
     def add(self, video_id: str, entry: MemoryEntry) -> None:
         """Adds one video; durable after the next flush. An id may be added again: the newest entry counts."""
@@ -171,6 +173,7 @@ class MemoryWriter:
             self.bytes += len(record)
         self._added.append([video_id, entry.video_sha256])
         self._done[video_id] = entry.video_sha256
+        self._known[entry.video_sha256] = video_id
         if self._size >= self.flush_bytes:
             self.flush()
 

@@ -164,6 +164,10 @@ def test_heads_are_read_without_tokens_and_contents_without_heads(tmp_path):
             writer.add(f"v{i}", entry(i))
         assert writer.same_content(f"{1:064x}") == "v1" and writer.same_content("f" * 64) is None
         assert writer.bytes > 3 * entry().tokens.nbytes
+        writer.add("v0", entry(9))  # v0's file has changed: its former content is nowhere
+        assert writer.same_content(f"{0:064x}") is None and writer.same_content(f"{9:064x}") == "v0"
+        writer.add("v0", entry(0))
+        assert writer.same_content(f"{0:064x}") == "v0"
     reader = store.MemoryReader(tmp_path, PRINT)
     assert reader.contents() == {f"v{i}": f"{i:064x}" for i in range(3)}
     head = reader.head("v2")

@@ -1,12 +1,13 @@
 """Index once, ask many: seconds from a question to its first token, without and with a memory of the video.
 
-    python -m tools.bench.ask --checkpoint=runs/quickstart --video=FILE [--repeat=9]
+    python -m tools.bench.ask --checkpoint=runs/quickstart --video=FILE [--frames=64] [--repeat=9]
 
 Cold decodes the file, finds its events, runs the vision tower over every patch, then asks. Warm reads the tokens from a
 memory on disk; its questions differ from the one before. Everything is compiled beforehand, in both; medians.
 """
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -23,7 +24,13 @@ def main(argv=None) -> int:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--video", required=True)
     parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--frames", type=int, default=64, help="most frames of the video, in place of the run's")
     args = parser.parse_args(argv)
+
+    def opened(*where) -> Archive:
+        archive = Archive(*where)
+        archive.here.sampling = dataclasses.replace(archive.here.sampling, max_frames=args.frames)
+        return archive
 
     def asked(archive: Archive) -> list:
         for question in QUESTIONS:
@@ -31,11 +38,11 @@ def main(argv=None) -> int:
         return [archive.ask(QUESTIONS[i % len(QUESTIONS)], args.video) for i in range(args.repeat)]
 
     with tempfile.TemporaryDirectory() as memory:
-        Archive(memory, args.checkpoint).index([args.video])
+        opened(memory, args.checkpoint).index([args.video])
         begun = time.perf_counter()
-        cold = asked(Archive(None, args.checkpoint))
+        cold = asked(opened(None, args.checkpoint))
         cold_s = time.perf_counter() - begun
-        warm = asked(Archive(memory))
+        warm = asked(opened(memory))
     if [a.text for a in cold] != [a.text for a in warm]:
         raise SystemExit("the answers differ")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
