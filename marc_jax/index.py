@@ -7,7 +7,8 @@ whatever its name; one that cannot be read is reported, and the others go on. A 
 with the same command. Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER), and
 divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers which, so ask need not be told.
 
-Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 after Ctrl-C.
+Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 or 143
+when stopped by Ctrl-C or SIGTERM.
 """
 
 import sys
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
         )  # fmt: skip
         if done.stopped:
             so_far = f"stopped after {len(done.new)} new videos, which are in {wanted.memory}"
-            raise configs.Stopped(so_far, 130 if interrupt.received == 2 else 0)
+            raise configs.Stopped(so_far, 128 + interrupt.received)
     print(summary(done, wanted.memory))
     return 0 if not done.failed else 1 if done.new or done.same else 2
 

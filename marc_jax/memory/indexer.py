@@ -154,7 +154,10 @@ class Indexer:
     def encode(self, decoded: Decoded) -> store.MemoryEntry:
         """The memory of a decoded file; `extra` holds its length in seconds."""
         entry = self.entry(decoded.clip, decoded.sha256, spans=decoded.spans, full=decoded.full)
-        return dataclasses.replace(entry, extra={"duration": float(decoded.clip.info.duration)})
+        length = float(decoded.clip.info.duration)
+        begin_e, end_e = entry.event_seconds.T  # the last ends one step after its last patch: not after the file
+        end_e = np.where(begin_e < length, np.minimum(end_e, length), end_e)
+        return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra={"duration": length})
 
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
