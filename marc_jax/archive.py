@@ -145,7 +145,7 @@ class Archive:
     def index(
         self, places: Iterable, *, workers: int = 2, tokens: str = "keep",
         progress: Callable[[int, int, Indexed], None] | None = None, report: Callable[[str, str], None] | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        stop: Callable[[], bool] = lambda: False, read: Callable = read_frames,
     ) -> Indexed:  # fmt: skip
         """Adds the videos of files and folders; what cannot be read is in the result's `failed`.
 
@@ -157,6 +157,7 @@ class Archive:
           tokens: how they are stored, see `store.MemoryWriter`.
           progress: called with (done, total, so far); report: with (file, reason) of what cannot be read.
           stop: asked after every video.
+          read: called in place of `video.read_frames`, from the threads; e.g. to decode in other processes.
         """
         if self.folder is None:
             raise ConfigError("--memory=FOLDER is required: where the memory is kept")
@@ -167,7 +168,7 @@ class Archive:
             report and report(place, reason)
         with store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens) as writer:
             _record(self.folder, self.settings)
-            decode = functools.partial(self._decode, writer)
+            decode = functools.partial(self._decode, writer, read)
             finished = len(done.failed)
             for name, decoded, bad in loader.decode_ahead(files, decode, workers):
                 if bad is not None:
@@ -186,13 +187,13 @@ class Archive:
         done.seconds = time.monotonic() - begun
         return done
 
-    def _decode(self, writer: store.MemoryWriter, name: str) -> Decoded | str:
+    def _decode(self, writer: store.MemoryWriter, read: Callable, name: str) -> Decoded | str:
         """In a thread: the decoded file, or the id under which its content is there."""
         if not os.path.isfile(name):
             raise VideoError(name, "no such file" if not os.path.exists(name) else "not a regular file")
         sha256 = store.file_sha256(name)
         there = writer.same_content(sha256)
-        return self.indexer.decode(name, sha256) if there is None else there
+        return self.indexer.decode(name, sha256, read) if there is None else there
 
     def _add(self, writer: store.MemoryWriter, name: str, decoded: Decoded | str, done: Indexed) -> None:
         if not isinstance(decoded, str):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.synthetic import build
-from data_pipelines.video import VideoError
+from data_pipelines.video import VideoError, read_frames
 from marc_jax import archive, checkpoint, optim, run, settings
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
@@ -164,6 +164,16 @@ def test_a_changed_file_is_stale_until_it_is_indexed_again(place, tmp_path):
     assert len(archive.reader) == 1 and now.all_tokens == Archive(None, place / "run").ask(QUESTION, b).all_tokens
     os.unlink(name)
     assert archive.ask(QUESTION).text == now.text  # what is gone is remembered
+
+
+def test_files_may_be_read_by_somebody_else(place, tmp_path):
+    def read(path, **how):
+        if path == videos(place)[0]:
+            raise VideoError(path, "took too long")
+        return read_frames(path, **how)
+
+    done = Archive(tmp_path / "memory", place / "run").index(videos(place)[:2], read=read)
+    assert done.failed == {videos(place)[0]: "took too long"} and done.new == [videos(place)[1]]
 
 
 def test_stopping_leaves_what_was_done(place, tmp_path):

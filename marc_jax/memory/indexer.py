@@ -5,6 +5,7 @@ The embeddings are those of the run's own retriever, or of any other encoder (`m
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -30,13 +31,13 @@ class Sampling:
         """One frame in patches of 14 pixels."""
         return self.size // 14, self.size // 14
 
-    def read(self, path) -> video.Clip:
-        """Raises VideoError naming the file and the reason."""
-        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
+    def read(self, path, read: Callable = video.read_frames) -> video.Clip:
+        """Raises VideoError naming the file and the reason. `read`: called in place of `video.read_frames`."""
+        return read(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
 
-    def read_full(self, path) -> video.Clip:
+    def read_full(self, path, read: Callable = video.read_frames) -> video.Clip:
         """The same frames in the file's own size, for an encoder with its own preprocessing."""
-        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames)
+        return read(path, fps=self.fps, max_frames=self.max_frames)
 
     def shrink(self, clip: video.Clip) -> video.Clip:
         """`read` from `read_full`."""
@@ -138,15 +139,19 @@ class Indexer:
             grid=self.sampling.grid_hw,
         )
 
-    def decode(self, path, sha256: str | None = None) -> Decoded:
-        """Reads and divides a file; safe in threads. `sha256` of the file, where it is known already.
+    def decode(self, path, sha256: str | None = None, read: Callable = video.read_frames) -> Decoded:
+        """Reads and divides a file; safe in threads.
+
+        Args:
+          sha256: of the file, where it is known already.
+          read: called in place of `video.read_frames`, e.g. to decode in another process.
 
         Raises VideoError naming the file and the reason.
         """
         if self.encoder is None:
-            clip, full = self.sampling.read(path), None
+            clip, full = self.sampling.read(path, read), None
         else:
-            whole = self.sampling.read_full(path)
+            whole = self.sampling.read_full(path, read)
             clip, full = self.sampling.shrink(whole), whole.frames
         spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
