@@ -25,9 +25,9 @@ SMALL = {
 }
 
 
-def save(folder: pathlib.Path, params: dict) -> None:
+def save(folder: pathlib.Path, step: int, params: dict) -> None:
     flat = optim.flatten(params)
-    checkpoint.save(folder / "checkpoints", 1, {"params": flat}, {"trainable": sorted(flat)})
+    checkpoint.save(folder / "checkpoints", step, {"params": flat}, {"trainable": sorted(flat)})
 
 
 def write_run(workdir: pathlib.Path, repo: pathlib.Path, seed: int = 0, *changes: str) -> pathlib.Path:
@@ -39,8 +39,8 @@ def write_run(workdir: pathlib.Path, repo: pathlib.Path, seed: int = 0, *changes
     build.vocabulary.write_tokenizer(workdir / "tokenizer.json")
     here = run.surroundings(config, workdir)
     for i, stage in enumerate(("teacher", "sft")):
-        save(workdir / stage, qwen25_vl.init(here.cfg, jax.random.key(seed + i)))
-    save(workdir / "retriever", embed.init(jax.random.key(seed), here.embed_sizes()))
+        save(workdir / stage, config[stage].steps, qwen25_vl.init(here.cfg, jax.random.key(seed + i)))
+    save(workdir / "retriever", config.retriever.steps, embed.init(jax.random.key(seed), here.embed_sizes()))
     return workdir
 
 
