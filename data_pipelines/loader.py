@@ -9,10 +9,11 @@ Grain imports jax (without starting a backend), so it is imported only where bat
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -270,3 +271,36 @@ def decode_many(
         finally:
             pool.shutdown(cancel_futures=True)
     return [value for value, _ in results], [bad for _, bad in results if bad is not None]
+
+
+def decode_ahead(
+    paths: Iterable, fn: Callable, workers: int = 2, *, held: int | None = None
+) -> Iterator[tuple[Any, Any, dict | None]]:
+    """Yields (path, fn(path), None), or (path, None, {row, path, reason}) where it failed, as they are done.
+
+    Args:
+      workers: threads (decoding releases the GIL); below 1 everything runs here.
+      held: at most so many paths are begun and not yet taken from the iterator, so memory is bounded however slowly
+        they are taken; default workers + 1.
+
+    Errors other than VideoError, OSError and ValueError are raised.
+    """
+    guarded = _Guarded(fn)
+    if workers < 1:
+        for row, path in enumerate(paths):
+            yield path, *guarded(row, path)
+        return
+    held, rows = held or workers + 1, iter(enumerate(paths))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        begun: dict = {}
+        try:
+            while True:
+                for row, path in itertools.islice(rows, held - len(begun)):
+                    begun[pool.submit(guarded, row, path)] = path
+                if not begun:
+                    return
+                done = concurrent.futures.wait(begun, return_when=concurrent.futures.FIRST_COMPLETED).done
+                for future in sorted(done, key=list(begun).index):
+                    yield begun.pop(future), *future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

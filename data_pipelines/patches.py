@@ -20,6 +20,9 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 PATCH_MEAN = np.repeat(MEAN, TEMPORAL * PATCH * PATCH)  # [1176], one value per number of a patch
 PATCH_STD = np.repeat(STD, TEMPORAL * PATCH * PATCH)
 
+# Part of a memory's fingerprint: change it whenever `resize_frames` gives other pixels (test_patches.py notices).
+RESIZE = "antialiased bicubic -0.5, rounded once"
+
 IMAGE_MIN_PIXELS = 4 * 28 * 28
 IMAGE_MAX_PIXELS = 16384 * 28 * 28
 VIDEO_MIN_PIXELS = 128 * 28 * 28

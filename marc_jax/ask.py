@@ -1,81 +1,64 @@
-"""Ask about any video file: which events were used, what was merged, how long each part took, and a picture.
+"""Ask about a video, or about all videos of a memory: the answer, the events it came from, the time of every part.
 
-    python -m marc_jax.ask --checkpoint=runs/quickstart --video=FILE --question="how many in blue stripes ?"
+    python -m marc_jax.ask --memory=DIR --question="how many in blue stripes ?"                # the whole archive
+    python -m marc_jax.ask --memory=DIR --video=FILE --question="..."                          # one video of it
+    python -m marc_jax.ask --checkpoint=runs/quickstart --video=FILE --question="..."          # no memory
 
---checkpoint is a run's folder (its main student answers) or a stage's folder inside it. With --memory the video is
-read from a memory made by `marc_jax.index`, and neither decoded nor encoded again.
+The memory is made by `marc_jax.index` and knows which run's model made it; nothing is decoded or encoded again.
+--checkpoint is a run's folder (its main student answers) or a stage's folder inside it. The question is asked once to
+compile, then --repeat times; the times are those of the last. --picture=FILE.html is a timeline in one file,
+--picture=FILE.png the film strip with what was merged into what.
 """
 
-import time
+import os
 from pathlib import Path
 
 from absl import flags
 
 from marc_jax import config as configs
 
-flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stages.")
-flags.DEFINE_string("video", None, "Video file.")
+flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stages; default the memory's.")
+flags.DEFINE_string("video", None, "Video file; default all of the memory.")
 flags.DEFINE_string("question", None, "The question.")
-flags.DEFINE_string("memory", None, "Folder of a memory that holds the video.")
-flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
+flags.DEFINE_string("memory", None, "Folder of a memory.")
+flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: as the memory's.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
+flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos; default: as the memory's.")
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
-flags.DEFINE_string("picture", "ask.png", "Where the picture goes; empty: none.")
-
-
-class Clock:
-    """Seconds per part; the first call of a compiled function is not counted, `twice` runs it again."""
-
-    def __init__(self):
-        self.parts: dict[str, float] = {}
-
-    def once(self, name: str, fn):
-        begun = time.perf_counter()
-        result = fn()
-        self.parts[name] = time.perf_counter() - begun
-        return result
-
-    def twice(self, name: str, fn):
-        import jax
-
-        jax.block_until_ready(fn())
-        return self.once(name, lambda: jax.block_until_ready(fn()))
+flags.DEFINE_string("picture", "ask.html", "Where the picture goes, .html or .png; empty: none.")
+flags.DEFINE_integer("repeat", 1, "How often the question is asked after it has been compiled.", lower_bound=1)
 
 
 def main() -> None:
     wanted = flags.FLAGS
-    if not wanted.checkpoint or not wanted.video or not wanted.question:
-        raise configs.ConfigError("--checkpoint=FOLDER, --video=FILE and --question=TEXT are all required")
+    if not wanted.question or not (wanted.video or wanted.memory):
+        raise configs.ConfigError("--question=TEXT and --memory=FOLDER or --video=FILE are required")
+    if wanted.picture and Path(wanted.picture).suffix not in (".html", ".png"):
+        raise configs.ConfigError(f"--picture={wanted.picture}: the name ends neither in .html nor in .png")
 
-    from marc_jax import run
-    from marc_jax.evaluation import single
+    from marc_jax.archive import Archive
 
-    clock = Clock()
-    # ---------------------------------------------------------------- the file first: a bad one needs no model
-    path = Path(wanted.video)
-    here, stage = run.opened(wanted.checkpoint)
-    clip = clock.once("decode", lambda: here.sampling.read(path))
+    archive = Archive(
+        wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
+        shots=wanted.shots or "", view=wanted.view or "",
+    )  # fmt: skip
+    archive.ask(wanted.question, wanted.video)
+    answers = [archive.ask(wanted.question, wanted.video) for _ in range(wanted.repeat)]
+    answer = answers[-1]
 
-    # ---------------------------------------------------------------- who answers, looking how
-    arms = here.config.eval.arms
-    stage = stage or arms[here.config.eval.main].stage
-    if stage not in here.config.stages:
-        raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of this run")
-    view = here.view(wanted.view or here.config[stage].get("view", "full"))
-    encoder, pool = run.chosen_encoder(here, wanted.encoder, wanted.pool)
-    answer = single.ask(here, stage, view, path, clip, wanted.question, clock, wanted.memory, encoder, pool)
-
-    # ---------------------------------------------------------------- say it
     print(answer.text)
-    for event, score in answer.looked["retrieved_events"].items():
-        begin, end = answer.entry.event_seconds[event]
-        place = f"event {event + 1} of {len(answer.entry.event_spans)}"
-        print(f"{place}: {begin:.2f} to {end:.2f} s, similarity {score:.3f}")
+    for event in answer.events:
+        place = f"event {event.number} of {event.count}"
+        if not wanted.video:
+            gone = "" if os.path.isfile(event.video) else " (the file is gone)"
+            place = f"{event.video}{gone}, {place}"
+        print(f"{place}: {event.begin:.2f} to {event.end:.2f} s, similarity {event.score:.3f}")
     print(f"visual tokens: {answer.tokens} of {answer.all_tokens}")
-    for name, seconds in clock.parts.items():
+    for name, seconds in answer.seconds.items():
         print(f"{name:>18}: {1000 * seconds:9.2f} ms")
+    print(f"{'first token':>18}: {', '.join(f'{1000 * a.first_token:.2f}' for a in answers)} ms after the question")
     if wanted.picture:
-        single.draw(wanted.picture, clip, answer, wanted.question)
+        archive.draw(wanted.picture, answer)
         print(f"picture: {wanted.picture}")
 
 

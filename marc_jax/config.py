@@ -159,19 +159,22 @@ def check(config: config_dict.ConfigDict, rules: Iterable[tuple[Callable, str]])
 
 
 def run_main(
-    main: Callable[[], object],
+    main: Callable[..., object],
     *,
     defaults: Callable[[], config_dict.ConfigDict] | None = None,
     argv: Sequence[str] | None = None,
+    arguments: bool = False,
 ) -> None:
     """Parses the flags, calls `main()` and ends the process. `defaults`: for --help, which then lists every key.
+
+    `arguments`: what is no flag goes to `main` as a list; otherwise it is an error.
 
     Exit codes: 0; what `main` returns where it is an int; 2 for anything the user can mend (bad flag, key, value,
     file, video: one line "error: ..." and no traceback); 1 for a full disk; 130 after Ctrl-C. Anything else is a
     defect of the program and keeps its traceback.
     """
     try:
-        code = _call(main, defaults, list(sys.argv if argv is None else argv))
+        code = _call(main, defaults, list(sys.argv if argv is None else argv), arguments)
     except Stopped as e:
         print(f"{e}. To resume, run the same command again:\n  {_command()}", file=sys.stderr)
         code = e.exit_code
@@ -189,18 +192,19 @@ def run_main(
     sys.exit(code)
 
 
-def _call(main: Callable[[], object], defaults: Callable | None, argv: list[str]) -> int:
+def _call(main: Callable[..., object], defaults: Callable | None, argv: list[str], arguments: bool) -> int:
     rest, _overrides[:] = split_argv(argv)
     if {"--help", "-h", "-help"} & set(rest[1:]):
         print(_help(defaults))
         return 0
+    flags.FLAGS.set_gnu_getopt(arguments)  # flags may follow files
     try:
         positional = flags.FLAGS(rest)
     except flags.Error as e:
         raise UserError(_one_line(e)) from None
-    if len(positional) > 1:
+    if len(positional) > 1 and not arguments:
         raise UserError(f"unexpected argument {positional[1]!r}; settings are --config.KEY=VALUE")
-    result = main()
+    result = main(positional[1:]) if arguments else main()
     return result if isinstance(result, int) else 0
 
 

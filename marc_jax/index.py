@@ -1,55 +1,83 @@
 """Index videos into a memory on disk: once per video, for any number of later questions.
 
-    python -m marc_jax.index --checkpoint=runs/quickstart --memory=/data/memory VIDEO [VIDEO ...]
+    python -m marc_jax.index VIDEO_OR_FOLDER... --memory=DIR --checkpoint=runs/quickstart
 
-Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER; ask with the same).
-A video that is already there, unchanged, is skipped; one that cannot be read is reported, and the others go on.
+Folders are searched for videos by the endings of their names. A video that is there already, unchanged, is skipped,
+whatever its name; one that cannot be read is reported, and the others go on. A run that was stopped or killed goes on
+with the same command. Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER), and
+divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers which, so ask need not be told.
+
+Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 or 143
+when stopped by Ctrl-C or SIGTERM.
 """
 
 import sys
-import time
-from pathlib import Path
 
 from absl import flags
 
 from marc_jax import config as configs
 
-flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+flags.DEFINE_string("checkpoint", None, "Folder of a run; default the one that the memory was made with.")
 flags.DEFINE_string("memory", None, "Folder of the memory; made if absent.")
 flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
-flags.DEFINE_list("videos", [], "Video files, separated by commas.")
+flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos (tools.convert_transnetv2).")
+flags.DEFINE_enum("tokens", "keep", ["keep", "float32", "bfloat16", "int8"], "How visual tokens are stored.")
+flags.DEFINE_integer("workers", 2, "Threads that decode; 0: none beside the main one.")
+flags.DEFINE_list("videos", [], "Video files or folders too, separated by commas.")
 
 
-def main() -> int:
-    if not flags.FLAGS.checkpoint or not flags.FLAGS.memory or not flags.FLAGS.videos:
-        raise configs.ConfigError("--checkpoint=FOLDER, --memory=FOLDER and --videos=FILE[,FILE...] are all required")
+def main(arguments: list[str]) -> int:
+    wanted = flags.FLAGS
+    places = [*arguments, *wanted.videos]
+    if not wanted.memory or not places:
+        raise configs.ConfigError("VIDEO_OR_FOLDER... and --memory=FOLDER are required")
 
-    from data_pipelines.video import VideoError
-    from marc_jax import metrics, run
-    from marc_jax.memory import indexer, store
+    from marc_jax import metrics
+    from marc_jax.archive import Archive, find_videos
+    from marc_jax.interrupt import Interrupt
 
-    here, _ = run.opened(flags.FLAGS.checkpoint)
-    encoder, pool = run.chosen_encoder(here, flags.FLAGS.encoder, flags.FLAGS.pool)
-    params = here.parameters(here.config.eval.teacher)
-    worker = indexer.Indexer(here.cfg, params, here.retriever, here.sampling, encoder=encoder, pool=pool)
-    bad, begun, videos = 0, time.monotonic(), flags.FLAGS.videos
-    with (
-        store.MemoryWriter(flags.FLAGS.memory, worker.fingerprint) as writer,
-        metrics.Progress("index", len(videos)) as bar,
-    ):
-        for i, name in enumerate(videos):
-            try:
-                key = str(Path(name).resolve())
-                if key not in writer:
-                    writer.add(key, worker.file(name))
-            except VideoError as error:
-                bad += 1
-                print(f"error: {error}", file=sys.stderr)
-            bar.update(i + 1, unreadable=bad)
-    print(f"{len(videos) - bad} of {len(videos)} videos in {flags.FLAGS.memory}, {time.monotonic() - begun:.1f} s")
-    return 2 if bad else 0
+    archive = Archive(
+        wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
+        shots=wanted.shots or "",
+    )  # fmt: skip
+    total = sum(map(len, find_videos(places)))
+    with Interrupt() as interrupt, metrics.Progress("index", total) as bar:
+
+        def progress(done, _, so_far):
+            rate = so_far.frames / max(so_far.seconds, 1e-9)
+            bar.update(done, frames_per_s=rate, events=so_far.events, failed=len(so_far.failed))
+
+        def report(name, reason):
+            print(f"error: {name}: {reason}", file=sys.stderr)
+
+        done = archive.index(
+            places, workers=wanted.workers, tokens=wanted.tokens, progress=progress, report=report,
+            stop=interrupt.requested,
+        )  # fmt: skip
+        if done.stopped:
+            so_far = f"stopped after {len(done.new)} new videos, which are in {wanted.memory}"
+            raise configs.Stopped(so_far, 128 + interrupt.received)
+    print(summary(done, wanted.memory))
+    return 0 if not done.failed else 1 if done.new or done.same else 2
+
+
+def summary(done, memory: str) -> str:
+    """The last words: what is in the memory, how fast it came there, what it takes, what failed."""
+    there = len(done.new) + len(done.same)
+    lines = [f"{there} of {done.videos} videos in {memory}: {len(done.new)} new, {len(done.same)} there before"]
+    if done.new:
+        hours = done.video_seconds / 3600
+        size = f"{done.bytes / hours / 1e6:,.1f} MB per hour of video" if hours else f"{done.bytes} bytes"
+        lines.append(
+            f"{done.frames} frames, {done.frames / done.seconds:.1f} frames/s, {done.events} events, {size}, "
+            f"{done.seconds:.1f} s"
+        )
+    if done.failed:
+        lines.append(f"{len(done.failed)} failed:")
+        lines += [f"  {name}: {reason}" for name, reason in done.failed.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    configs.run_main(main)
+    configs.run_main(main, arguments=True)

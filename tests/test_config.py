@@ -202,6 +202,22 @@ if __name__ == "__main__":
 '''
 
 
+FILES = '''"""A program that takes files."""
+from absl import flags
+from marc_jax import config
+
+flags.DEFINE_integer("count", 3, "How many.")
+config.run_main(lambda files: print(files, flags.FLAGS.count), arguments=True)
+'''
+
+
+def test_files_and_flags_may_come_in_any_order(tmp_path):
+    (tmp_path / "files.py").write_text(FILES)
+    command = [sys.executable, str(tmp_path / "files.py"), "a.mp4", "--count", "7", "b", "--", "--c.mp4"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "['a.mp4', 'b', '--c.mp4'] 7\n"), done.stderr
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("program") / "program.py"

@@ -160,7 +160,7 @@ def test_ask_from_a_file_and_from_a_memory_say_the_same(place, repo):
         repo, place, "index", f"--checkpoint={place / 'run'}", f"--memory={memory}",
         f"--videos={video},{place / 'tiny.py'}", config=False,
     )  # fmt: skip
-    assert indexed.returncode == 2 and f"{place / 'tiny.py'}:" in indexed.stderr and "1 of 2 videos" in indexed.stdout
+    assert indexed.returncode == 1 and f"{place / 'tiny.py'}:" in indexed.stderr and "1 of 2 videos" in indexed.stdout
     recalled = start(repo, place, "ask", *asked, f"--memory={memory}", "--picture=", config=False)
     assert recalled.returncode == 0, recalled.stderr[-3000:]
     assert recalled.stdout.splitlines()[:4] == plain.stdout.splitlines()[:4]
@@ -178,8 +178,10 @@ def test_an_encoder_takes_the_place_of_the_retriever(place, repo):
     answer = start(repo, place, "ask", *asked, encoder, "--pool=max", config=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "visual tokens: 4 of" in answer.stdout and "similarity" in answer.stdout
-    stale = start(repo, place, "ask", *asked, config=False)
-    assert stale.returncode == 2 and "retriever:" in stale.stderr and "Traceback" not in stale.stderr
+    told = start(repo, place, "ask", *asked, config=False)  # the memory knows its encoder
+    assert told.returncode == 0 and told.stdout.splitlines()[:4] == answer.stdout.splitlines()[:4]
+    stale = start(repo, place, "ask", *asked, "--pool=mean", config=False)
+    assert stale.returncode == 2 and "pool: max in the memory, mean wanted" in stale.stderr
     absent = start(repo, place, "ask", *asked, f"--encoder={place / 'run' / 'data'}", config=False)
     assert absent.returncode == 2 and "--encoder:" in absent.stderr and absent.stderr.count("\n") == 1
 

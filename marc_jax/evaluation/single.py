@@ -1,120 +1,206 @@
-"""One video, one question: the parts of an answer in order, each timed on its own."""
+"""One question over one video or several: the parts of an answer in order, each timed on its own."""
 
 import dataclasses
-from pathlib import Path
+import functools
+import time
+from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import patches, video
 from marc_jax.batches import Sizes, Videos
-from marc_jax.config import ConfigError
 from marc_jax.evaluation import experiment, pictures, run
-from marc_jax.memory import embed, encoders, indexer, store
+from marc_jax.memory import embed, encoders, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
 from marc_jax.run import Run
 
 
+class Clock:
+    """Seconds of every part, in order; of what is compiled in it, compiling included."""
+
+    def __init__(self):
+        self.parts: dict[str, float] = {}
+
+    def once(self, name: str, fn: Callable):
+        begun = time.perf_counter()
+        result = jax.block_until_ready(fn())
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begun
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """An event that was read. `number` of `count` in its video, from 1; seconds of the video; cosine similarity."""
+
+    video: str
+    number: int
+    count: int
+    begin: float
+    end: float
+    score: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was said, and what it was made from. `looked`: see `experiment.look`."""
+    """What was said, and what it was made from.
 
+    Attributes:
+      events: what was retrieved, by video and time; empty where the view retrieves nothing.
+      tokens, all_tokens: visual tokens read, and of all patches of these videos.
+      seconds: {part: seconds}.
+      first_token: seconds from the question to the first token.
+      entries: {video: memory}, by name; `scores`: similarity of every event of each.
+    """
+
+    question: str
     text: str
-    entry: store.MemoryEntry
-    looked: dict
+    events: tuple[Event, ...]
     tokens: int
     all_tokens: int
+    seconds: dict[str, float]
+    first_token: float
+    entries: Mapping[str, store.MemoryEntry]
+    scores: Mapping[str, np.ndarray]
 
 
-def ask(
-    here: Run, stage: str, view: views.View, path: Path, clip: video.Clip, question: str, clock, memory=None,
-    encoder: encoders.Encoder | None = None, pool: str = "mean",
-) -> Answer:  # fmt: skip
-    """Answers with the parameters of `stage`. `clock` takes the time of every part.
+def join(entries: Mapping[str, store.MemoryEntry], query_d: np.ndarray) -> store.MemoryEntry:
+    """Several videos as one, shown one after the other; event embeddings [E, D] for this question.
 
-    Events are retrieved by the run's own retriever, or by `encoder`; `pool` as in `encoders.pool_frames`.
-
-    Raises StaleMemory (exit code 2) where the memory was made by other weights or from another file.
+    So a question over an archive whose events all lie in one video is answered exactly as over that video.
     """
-    params = here.parameters(stage)
-    base = here.parameters(here.config.eval.teacher)
-    worker = indexer.Indexer(here.cfg, base, here.retriever, here.sampling, encoder=encoder, pool=pool)
-    entry = _entry(worker, clip, path, clock, memory)
-    query = clock.twice("retrieve", _asked(here, encoder, question))
-    nearest = encoders.nearest_frames(entry.event_embeddings, np.asarray(query[0]))
-    entry = dataclasses.replace(entry, event_embeddings=nearest)
-    test = _one_video(here, entry, clip, path, question)
-    visual = here.config[stage].get("visual", "features")
-    bank = jnp.asarray(test.bank[visual])
-    index = test.videos.index(test.sizes)
-    picked = views.select(view, index, query, bank, test.sizes.event, jax.random.key(0))
-
-    kept = view.kept(test.sizes.patches, test.sizes.event)
-    prompt = here.prompter.prompts([question], kept, index.mask_bt.sum(1), _length(here, question, kept))
-    encode = views.make_encode(view, here.grid_hw, here.time_scale)
-    see = jax.jit(lambda p, v, q: encode(qwen25_vl.bind(here.cfg, p), v, q))
-    vis, prompt = clock.twice("vision + compress", lambda: see(params, picked, prompt))
-    read = jax.jit(lambda p, v, q: rollout.prefill(qwen25_vl.bind(here.cfg, p), v, q))
-    prefix = clock.twice("prefill", lambda: read(params, vis, prompt))
-    keys = rollout.rollout_keys(here.config.seed, 0, np.zeros(1, np.int32), 1)
-    how = here.decoding(0.0)
-    say = jax.jit(lambda p, x, k: rollout.decode(qwen25_vl.bind(here.cfg, p), x, k, how))
-    done = clock.twice("decode, all tokens", lambda: say(params, prefix, keys))
-    said = np.asarray(done.tokens_bgr)[0, 0][np.asarray(done.mask_bgr)[0, 0]]
-    clock.parts["decode per token"] = clock.parts["decode, all tokens"] / max(len(said), 1)
-    looked = experiment.look(here, test, 0, params, visual, view, query)
-    used = int(run.visual_tokens(here, view, index)[0])
-    everything = len(entry.tokens) * here.prompter.tokens_per_patch
-    return Answer(here.tokenizer.decode(said.tolist()), entry, looked, used, everything)
+    parts = list(entries.values())
+    first = np.cumsum([0] + [len(part.tokens) for part in parts])
+    return store.MemoryEntry(
+        video_sha256="",
+        seconds=np.concatenate([part.seconds for part in parts]),
+        event_spans=np.concatenate([part.event_spans + at for part, at in zip(parts, first, strict=False)]),
+        event_seconds=np.concatenate([part.event_seconds for part in parts]),
+        event_embeddings=np.concatenate([encoders.nearest_frames(p.event_embeddings, query_d) for p in parts]),
+        tokens=np.concatenate([np.asarray(part.tokens, np.float32) for part in parts]),
+        grid=parts[0].grid,
+    )
 
 
-def _asked(here: Run, encoder: encoders.Encoder | None, question: str):
-    """A function that embeds the question, [1, D]."""
-    if encoder is not None:
-        return lambda: encoder.embed_texts([question])
-    tokens_bl = here.prompter.queries([question], here.sizes.question)
-    retrieve = jax.jit(lambda p, q: embed.embed_questions(p, *q))
-    return lambda: retrieve(here.retriever, tokens_bl)
+class Answerer:
+    """One stage of a run, looking one way: compiled once for videos and questions of like length."""
+
+    def __init__(self, here: Run, stage: str, view: views.View, encoder: encoders.Encoder | None = None):
+        """`encoder` embeds the question in place of the run's retriever: the one that embedded the events."""
+        self.here, self.view, self.encoder = here, view, encoder
+        self.params = here.parameters(stage)
+        self.pixels = here.config[stage].get("visual", "features") == "pixels"
+        cfg, how = here.cfg, here.decoding(0.0)
+        encode = views.make_encode(view, here.grid_hw, here.time_scale)
+        self._embed = jax.jit(lambda p, q: embed.embed_questions(p, *q))
+        self._select = jax.jit(functools.partial(views.select, view), static_argnums=(3,))
+        self._retrieved = jax.jit(functools.partial(views.retrieved, view))
+        self._see = jax.jit(lambda p, v, q: encode(qwen25_vl.bind(cfg, p), v, q))
+        self._say = jax.jit(lambda p, x, k: rollout.decode(qwen25_vl.bind(cfg, p), x, k, how))
+
+        @jax.jit
+        def read(params, vis, prompt):
+            model = qwen25_vl.bind(cfg, params)
+            prefix = rollout.prefill(model, vis, prompt)
+            return prefix, model.logits(prefix.last_bd).argmax(-1)
+
+        self._read = read
+
+    def embed(self, question: str) -> np.ndarray:
+        """[1, D]."""
+        if self.encoder is not None:
+            return self.encoder.embed_texts([question])
+        tokens = self.here.prompter.queries([question], self.here.sizes.question)
+        return np.asarray(self._embed(self.here.retriever, tokens))
+
+    def answer(
+        self, question: str, query: np.ndarray, entries: Mapping[str, store.MemoryEntry], clock: Clock,
+        clips: Mapping[str, video.Clip] | None = None,
+    ) -> Answer:  # fmt: skip
+        """Args:
+        query: the embedded question [1, D].
+        clips: the videos' frames, for a stage whose own vision tower sees them (`pixels`).
+        """
+        here, view, begun = self.here, self.view, time.perf_counter()
+        before = sum(clock.parts.values())
+        entry = join(entries, query[0])
+        sizes = self._sizes(entry, question)
+        videos = _videos(entry, sizes)
+        index = videos.index(sizes)
+        bank = self._bank(entry, clips, sizes)
+        picked = clock.once("select", lambda: self._select(index, query, bank, sizes.event, jax.random.key(0)))
+        kept = view.kept(sizes.patches, sizes.event)
+        length = -(-(kept * here.prompter.tokens_per_patch + sizes.question) // 16) * 16
+        prompt = here.prompter.prompts([question], kept, index.mask_bt.sum(1), length)
+        vis, prompt = clock.once("vision + compress", lambda: self._see(self.params, picked, prompt))
+        prefix, _ = clock.once("prefill", lambda: self._read(self.params, vis, prompt))
+        first_token = before + time.perf_counter() - begun
+        keys = rollout.rollout_keys(here.config.seed, 0, np.zeros(1, np.int32), 1)
+        done = clock.once("decode, all tokens", lambda: self._say(self.params, prefix, keys))
+        said = np.asarray(done.tokens_bgr)[0, 0][np.asarray(done.mask_bgr)[0, 0]]
+        clock.parts["decode per token"] = clock.parts["decode, all tokens"] / max(len(said), 1)
+        scores = entry.event_embeddings @ query[0]
+        chosen = []
+        if view.select == "retrieve":
+            ids_bk, valid_bk = self._retrieved(index, query)
+            chosen = np.asarray(ids_bk)[0][np.asarray(valid_bk)[0]].tolist()
+        events, per_video = _events(entries, scores, chosen)
+        used = int(run.visual_tokens(here, view, index)[0])
+        everything = len(entry.tokens) * here.prompter.tokens_per_patch
+        text = here.tokenizer.decode(said.tolist())
+        return Answer(question, text, events, used, everything, clock.parts, first_token, entries, per_video)
+
+    def _sizes(self, entry: store.MemoryEntry, question: str) -> Sizes:
+        """Static lengths, rounded up so that videos and questions of like length share what is compiled."""
+        longest = int(np.diff(entry.event_spans, axis=1).max())
+        events = max([len(entry.event_spans), *(v.k for v in self.here.views.values())])
+        text = len(self.here.tokenizer.encode(question)) + 8
+        up = lambda n, step: -(-n // step) * step  # noqa: E731
+        return Sizes(up(len(entry.tokens), 16), up(events, 8), up(longest, 4), text, self.here.sizes.answer)
+
+    def _bank(self, entry: store.MemoryEntry, clips, sizes: Sizes) -> np.ndarray:
+        bank = entry.tokens
+        if self.pixels:
+            bank = np.concatenate([patches.frames_to_pixel_patches(clip.frames)[0] for clip in clips.values()])
+        return np.concatenate([bank, np.zeros((sizes.patches - len(bank), *bank.shape[1:]), bank.dtype)])
+
+    def draw(self, path, answer: Answer, clips: Mapping[str, video.Clip]) -> None:
+        """A PNG of what was retrieved and merged, over the frames of the answer's videos in a row."""
+        query = self.embed(answer.question)
+        entry = join(answer.entries, query[0])
+        sizes = self._sizes(entry, answer.question)
+        record = {"problem": answer.question, "options": [], "path": ""}
+        visual = "pixels" if self.pixels else "features"
+        bank = {visual: self._bank(entry, clips, sizes)}
+        test = run.TestSet([record], bank, _videos(entry, sizes), sizes, {})
+        looked = experiment.look(self.here, test, 0, self.params, visual, self.view, query)
+        pictures.draw_sample(
+            path, np.concatenate([clip.frames for clip in clips.values()]),
+            np.concatenate([clip.seconds for clip in clips.values()]), entry.event_spans.tolist(),
+            question=answer.question, answers={"answer": (answer.text, None)},
+            title=", ".join(answer.entries) if len(answer.entries) > 1 else "", **looked,
+        )  # fmt: skip
 
 
-def _entry(worker: indexer.Indexer, clip, path: Path, clock, memory) -> store.MemoryEntry:
-    if memory is None:
-        sha256 = store.file_sha256(path)
-        full = None if worker.encoder is None else worker.sampling.read_full(path).frames
-        return clock.twice("index (vision, events)", lambda: worker.entry(clip, sha256, full=full))
-    key, reader = str(path.resolve()), store.MemoryReader(memory, worker.fingerprint)
-    if key not in reader:
-        raise ConfigError(f"{memory} does not hold {path}; add it with python -m marc_jax.index")
-    return clock.once("memory", lambda: reader.get_checked(key, store.file_sha256(path)))
-
-
-def _one_video(here: Run, entry: store.MemoryEntry, clip, path: Path, question: str) -> run.TestSet:
-    """The video and its question as a test set of one."""
-    spans = entry.event_spans
-    length = np.diff(spans, axis=1)[:, 0]
-    most = max([len(spans), *(v.k for v in here.views.values())])
-    sizes = Sizes(len(entry.tokens), most, int(length.max()), here.sizes.question, here.sizes.answer)
-    pad = ((0, 0), (0, most - len(spans)))
-    start, count = np.pad(spans[None, :, 0], pad), np.pad(length[None], pad)
+def _videos(entry: store.MemoryEntry, sizes: Sizes) -> Videos:
+    pad = ((0, 0), (0, sizes.events - len(entry.event_spans)))
+    length = np.diff(entry.event_spans, axis=1)[:, 0]
+    start = np.pad(entry.event_spans[None, :, 0], pad).astype(np.int64)
+    count = np.pad(length[None], pad).astype(np.int64)
     emb = np.pad(entry.event_embeddings[None], ((0, 0), pad[1], (0, 0)))
-    videos = Videos(start.astype(np.int64), start.astype(np.int64), count.astype(np.int64), count > 0, emb)
-    bank = {"features": entry.tokens, "pixels": patches.frames_to_pixel_patches(clip.frames)[0]}
-    record = {"problem": question, "options": [], "path": str(path)}
-    return run.TestSet([record], bank, videos, sizes, {str(path): entry})
+    return Videos(start, start, count, count > 0, emb)
 
 
-def _length(here: Run, question: str, kept: int) -> int:
-    """Prompt length, in steps of 16 so that questions of like length share a compiled function."""
-    text = len(here.tokenizer.encode(question)) + 8
-    return -(-(kept * here.prompter.tokens_per_patch + text) // 16) * 16
-
-
-def draw(path, clip: video.Clip, answer: Answer, question: str) -> None:
-    """The picture of an answer whose truth nobody knows."""
-    pictures.draw_sample(
-        path, clip.frames, clip.seconds, answer.entry.event_spans.tolist(), question=question,
-        answers={"answer": (answer.text, None)}, **answer.looked,
-    )  # fmt: skip
+def _events(entries: Mapping[str, store.MemoryEntry], scores: np.ndarray, chosen: list[int]):
+    """(the chosen events, {video: similarity of each of its events}); ids and scores count through all videos."""
+    events, per_video, first = [], {}, 0
+    for name, entry in entries.items():
+        count = len(entry.event_spans)
+        per_video[name] = scores[first : first + count]
+        for i in (e - first for e in chosen if first <= e < first + count):
+            begin, end = entry.event_seconds[i]
+            events.append(Event(name, i + 1, count, float(begin), float(end), float(scores[first + i])))
+        first += count
+    return tuple(events), per_video

@@ -5,6 +5,7 @@ The embeddings are those of the run's own retriever, or of any other encoder (`m
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -30,17 +31,34 @@ class Sampling:
         """One frame in patches of 14 pixels."""
         return self.size // 14, self.size // 14
 
-    def read(self, path) -> video.Clip:
-        """Raises VideoError naming the file and the reason."""
-        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
+    def read(self, path, read: Callable = video.read_frames) -> video.Clip:
+        """Raises VideoError naming the file and the reason. `read`: called in place of `video.read_frames`."""
+        return read(path, fps=self.fps, max_frames=self.max_frames, resize=(self.size, self.size))
 
-    def read_full(self, path) -> video.Clip:
+    def read_full(self, path, read: Callable = video.read_frames) -> video.Clip:
         """The same frames in the file's own size, for an encoder with its own preprocessing."""
-        return video.read_frames(path, fps=self.fps, max_frames=self.max_frames)
+        return read(path, fps=self.fps, max_frames=self.max_frames)
 
     def shrink(self, clip: video.Clip) -> video.Clip:
         """`read` from `read_full`."""
         return dataclasses.replace(clip, frames=patches.resize_frames(clip.frames, self.size, self.size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A file after everything that needs no device.
+
+    Attributes:
+      clip: the sampled frames.
+      sha256: of the file.
+      spans: its events in temporal patches.
+      full: the frames in the file's own size where an encoder wants them, else None.
+    """
+
+    clip: video.Clip
+    sha256: str
+    spans: list
+    full: np.ndarray | None = None
 
 
 def tower_sha256(params: dict) -> str:
@@ -68,7 +86,7 @@ class Indexer:
         self.fingerprint = store.fingerprint(
             tower=tower_sha256(params),
             retriever=encoder.fingerprint if encoder else store.tree_sha256(jax.device_get(retriever)),
-            preprocessing=dataclasses.asdict(sampling),
+            preprocessing={**dataclasses.asdict(sampling), "resize": patches.RESIZE},
             segmenter=shots.fingerprint if shots else events.FINGERPRINT,
             pool=pool,
         )
@@ -121,12 +139,31 @@ class Indexer:
             grid=self.sampling.grid_hw,
         )
 
+    def decode(self, path, sha256: str | None = None, read: Callable = video.read_frames) -> Decoded:
+        """Reads and divides a file; safe in threads.
+
+        Args:
+          sha256: of the file, where it is known already.
+          read: called in place of `video.read_frames`, e.g. to decode in another process.
+
+        Raises VideoError naming the file and the reason.
+        """
+        if self.encoder is None:
+            clip, full = self.sampling.read(path, read), None
+        else:
+            whole = self.sampling.read_full(path, read)
+            clip, full = self.sampling.shrink(whole), whole.frames
+        spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
+        return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
+
+    def encode(self, decoded: Decoded) -> store.MemoryEntry:
+        """The memory of a decoded file; `extra` holds its length in seconds."""
+        entry = self.entry(decoded.clip, decoded.sha256, spans=decoded.spans, full=decoded.full)
+        length = float(decoded.clip.info.duration)
+        begin_e, end_e = entry.event_seconds.T  # the last ends one step after its last patch: not after the file
+        end_e = np.where(begin_e < length, np.minimum(end_e, length), end_e)
+        return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra={"duration": length})
+
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
-        if self.encoder is None:
-            clip, full = self.sampling.read(path), None
-        else:
-            whole = self.sampling.read_full(path)
-            clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds) if self.shots else None
-        return self.entry(clip, store.file_sha256(path), spans=spans, full=full)
+        return self.encode(self.decode(path))

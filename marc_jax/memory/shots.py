@@ -26,7 +26,7 @@ class Shots:
     def __init__(self, cfg: transnetv2.Config, params: dict, *, threshold: float = 0.5, batch: int = 8):
         self.cfg, self.params, self.threshold, self.batch = cfg, params, threshold, batch
         network = store.tree_sha256(jax.device_get(params))
-        self.fingerprint = {"transnetv2": network, "threshold": threshold, "spans": events.FINGERPRINT}
+        self.fingerprint = f"transnetv2, threshold {threshold}, {events.FINGERPRINT}, {network}"
 
     @classmethod
     def load(cls, folder, *, threshold: float = 0.5, batch: int = 8) -> "Shots":

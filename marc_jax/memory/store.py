@@ -5,10 +5,13 @@ A memory is a folder of ArrayRecord shards, written once and never changed:
     <folder>/<time_ns>-<random>.arrayrecord       complete
     <folder>/<time_ns>-<random>.arrayrecord.tmp   being written, or left by a crash: never read
 
-Each record is one video: 4 bytes little-endian header length, a JSON header (format version, video id, array names,
-dtypes, shapes), then the arrays' raw bytes. The last record of a shard is its JSON index: the fingerprint and the
-video ids in record order. A shard appears by one rename after fsync, so a crash loses at most what was not flushed,
-and any number of writers may add to one folder, each into its own shards; the newest entry of a video counts.
+Two records are one video: its head and its tokens, so that events are searched without reading a token. Each record is
+4 bytes little-endian header length, a JSON header (format version, video id, array names, dtypes, shapes), then the
+arrays' raw bytes. The last record of a shard is its JSON index: the fingerprint and [video id, SHA-256 of the file] in
+record order. A shard appears by one rename after fsync, so a crash loses at most what was not flushed, and any number
+of writers may add to one folder, each into its own shards; the newest entry of a video counts. A writer holds a lock
+(flock) on its .tmp file; the next writer removes those that nobody holds. Writers on several machines therefore need a
+file system whose locks work across machines.
 
 A memory is valid only for the model, preprocessing and options that made it: their `Fingerprint` is in every shard,
 and opening it with another one is an error that names what differs. So is an entry whose video file has changed.
@@ -21,6 +24,7 @@ commit per video; 32 videos of 0.5 MB took 0.09 / 0.02 s against 0.26 / 0.02 s f
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -32,7 +36,7 @@ import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 from array_record.python import array_record_module
 
-VERSION = 1
+VERSION = 2  # 1: one record per video, no content hashes in the index
 SUFFIX = ".arrayrecord"
 
 
@@ -88,7 +92,8 @@ class MemoryEntry:
     extra: dict = dataclasses.field(default_factory=dict)
 
 
-ARRAYS = ("seconds", "event_spans", "event_seconds", "event_embeddings", "tokens")
+HEAD = ("seconds", "event_spans", "event_seconds", "event_embeddings")
+ARRAYS = (*HEAD, "tokens")
 
 
 def fingerprint(**parts) -> Fingerprint:
@@ -128,6 +133,10 @@ class MemoryWriter:
       tokens: "keep" the dtype given, or store as "bfloat16", "float32" or "int8" (one float32 scale per token,
         max |x| / 127).
       flush_bytes: a shard is completed when it has grown to this size; `flush()` does it at any time.
+
+    Attributes:
+      bytes: what was added, as stored.
+      flushed: when (time.monotonic) `flush` was last called.
     """
 
     def __init__(self, path, fingerprint: Fingerprint, *, tokens: str = "keep", flush_bytes: int = 1 << 28):
@@ -136,46 +145,62 @@ class MemoryWriter:
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
         self.tokens, self.flush_bytes = tokens, flush_bytes
         self.path.mkdir(parents=True, exist_ok=True)
-        self._done = set(MemoryReader(path, fingerprint))
-        self._writer, self._name, self._ids, self._size = None, None, [], 0
+        self._done = MemoryReader(path, fingerprint).contents()
+        self._known = {sha256: video for video, sha256 in self._done.items()}
+        remove_leftovers(self.path)
+        self._writer, self._lock, self._name, self._added, self._size = None, None, None, [], 0
+        self.bytes, self.flushed = 0, time.monotonic()
 
     def __contains__(self, video_id: str) -> bool:
         """True if the video was there when the writer was made, or has been added since."""
         return video_id in self._done
 
+    def same_content(self, video_sha256: str) -> str | None:
+        """The id under which a file of this content is there; None: nowhere. May be asked in threads."""
+        video = self._known.get(video_sha256)
+        return video if self._done.get(video) == video_sha256 else None
+
     def add(self, video_id: str, entry: MemoryEntry) -> None:
         """Adds one video; durable after the next flush. An id may be added again: the newest entry counts."""
-        record = _encode(video_id, entry, self.tokens)
+        records = _encode(video_id, entry, self.tokens)
         if self._writer is None:
             self._name = self.path / f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}{SUFFIX}"
+            self._lock = _locked(f"{self._name}.tmp")
             self._writer = array_record_module.ArrayRecordWriter(f"{self._name}.tmp", "group_size:1")
-        self._writer.write(record)
-        self._ids.append(video_id)
-        self._done.add(video_id)
-        self._size += len(record)
+        for record in records:
+            self._writer.write(record)
+            self._size += len(record)
+            self.bytes += len(record)
+        self._added.append([video_id, entry.video_sha256])
+        self._done[video_id] = entry.video_sha256
+        self._known[entry.video_sha256] = video_id
         if self._size >= self.flush_bytes:
             self.flush()
 
     def flush(self) -> None:
         """Completes the open shard: after this, what was added survives a crash and readers see it."""
+        self.flushed = time.monotonic()
         if self._writer is None:
             return
-        writer, ids, temporary = self._writer, self._ids, pathlib.Path(f"{self._name}.tmp")
-        self._writer, self._ids, self._size = None, [], 0
-        index = {"version": VERSION, "fingerprint": self.fingerprint.parts, "videos": ids}
+        writer, lock, videos, temporary = self._writer, self._lock, self._added, pathlib.Path(f"{self._name}.tmp")
+        self._writer, self._lock, self._added, self._size = None, None, [], 0
+        index = {"version": VERSION, "fingerprint": self.fingerprint.parts, "videos": videos}
         try:
             writer.write(json.dumps(index).encode())
             writer.close()
-            if _open(temporary).num_records() != len(ids) + 1:
+            if _open(temporary).num_records() != 2 * len(videos) + 1:
                 raise StoreError(temporary, "the shard is shorter than what was written (is the disk full?)")
             _fsync(temporary)
             os.rename(temporary, self._name)
             _fsync(self.path)
         except BaseException:
-            self._done -= set(ids)
+            for video, _ in videos:
+                self._done.pop(video, None)
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+        finally:
+            os.close(lock)
 
     def __enter__(self):
         return self
@@ -190,14 +215,15 @@ class MemoryReader:
     def __init__(self, path, fingerprint: Fingerprint | None):
         """fingerprint None reads any memory (to inspect it); entries are then not known to fit any model."""
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
-        self._shards: dict[str, object] = {}
-        self._where: dict[str, tuple[str, int]] = {}
+        self._shards: dict[str, tuple[object, list]] = {}
+        self._where: dict[str, tuple[str, int, str]] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Sees shards completed since."""
+    def refresh(self) -> bool:
+        """Sees shards completed since; True if there were any."""
         if not self.path.is_dir():
             raise StoreError(self.path, "no such memory folder")
+        before = len(self._shards)
         for shard in sorted(self.path.glob(f"*{SUFFIX}")):
             if shard.name in self._shards:
                 continue
@@ -207,21 +233,34 @@ class MemoryReader:
             if self.fingerprint is not None and found != self.fingerprint:
                 reason = f"made for something else ({self.fingerprint.differences(found)}); index the videos again"
                 raise StaleMemory(self.path, reason)
-            self._shards[shard.name] = reader
+            self._shards[shard.name] = reader, index["videos"]
+        if len(self._shards) == before:
+            return False
         where = {}
         for name in sorted(self._shards):  # oldest first: the newest entry of a video wins
-            index = _index(self.path / name, self._shards[name])
-            where.update({video: (name, i) for i, video in enumerate(index["videos"])})
+            where.update({video: (name, i, sha256) for i, (video, sha256) in enumerate(self._shards[name][1])})
         self._where = where
+        return True
+
+    def contents(self) -> dict[str, str]:
+        """{video id: SHA-256 of its file} of everything in the memory; reads nothing."""
+        return {video: sha256 for video, (_, _, sha256) in self._where.items()}
+
+    def head(self, video_id: str) -> MemoryEntry:
+        """The entry without its tokens, which are not read: an empty array [0]."""
+        return self._read(video_id, (0,))
 
     def __getitem__(self, video_id: str) -> MemoryEntry:
+        return self._read(video_id, (0, 1))
+
+    def _read(self, video_id: str, which: tuple[int, ...]) -> MemoryEntry:
         if video_id not in self._where:
             raise KeyError(f"{video_id!r} is not in the memory {self.path} ({len(self)} videos)")
-        name, i = self._where[video_id]
+        name, i, _ = self._where[video_id]
         try:
-            return _decode(self._shards[name].read([i])[0])
+            return _decode(self._shards[name][0].read([2 * i + part for part in which]))
         except Exception as error:
-            raise StoreError(self.path / name, f"record {i} ({video_id}) cannot be read: {error}") from error
+            raise StoreError(self.path / name, f"video {i} ({video_id}) cannot be read: {error}") from error
 
     def get_checked(self, video_id: str, video_sha256: str) -> MemoryEntry:
         """The entry, or StaleMemory if the video file is no longer the one it was made from."""
@@ -261,43 +300,79 @@ def _index(path, reader) -> dict:
     return index
 
 
-def _encode(video_id, entry: MemoryEntry, tokens: str) -> bytes:
+def _encode(video_id, entry: MemoryEntry, tokens: str) -> tuple[bytes, bytes]:
+    """The two records of a video."""
     spans, t = np.asarray(entry.event_spans), len(entry.tokens)
     if len(entry.seconds) != t or spans.shape[1:] != (2,) or (spans.size and (spans.min() < 0 or spans.max() > t)):
         raise ValueError(f"{video_id}: {t} patches of tokens, {len(entry.seconds)} seconds, spans {spans.tolist()}")
     if not len(entry.event_embeddings) == len(entry.event_seconds) == len(spans):
         raise ValueError(f"{video_id}: {len(spans)} events, {len(entry.event_embeddings)} embeddings")
     arrays = {name: np.ascontiguousarray(getattr(entry, name)) for name in ARRAYS}
+    stored = {"tokens": arrays.pop("tokens")}
     if tokens == "int8":
-        value = arrays["tokens"].astype(np.float32)
+        value = stored["tokens"].astype(np.float32)
         scale = np.max(np.abs(value), axis=-1, keepdims=True) / 127
-        arrays["tokens"] = np.rint(value / np.maximum(scale, 1e-30)).astype(np.int8)
-        arrays["scale"] = scale.astype(np.float32)
+        stored["tokens"] = np.rint(value / np.maximum(scale, 1e-30)).astype(np.int8)
+        stored["scale"] = scale.astype(np.float32)
     elif tokens != "keep":
-        arrays["tokens"] = arrays["tokens"].astype(tokens)
-    header = {
-        "version": VERSION,
-        "video": video_id,
-        "video_sha256": entry.video_sha256,
-        "grid": list(entry.grid),
-        "extra": entry.extra,
-        "arrays": [[name, a.dtype.name, a.shape] for name, a in arrays.items()],
-    }
-    head = json.dumps(header).encode()
+        stored["tokens"] = stored["tokens"].astype(tokens)
+    about = {"version": VERSION, "video": video_id}
+    rest = {"video_sha256": entry.video_sha256, "grid": list(entry.grid), "extra": entry.extra}
+    return _pack(about | rest, arrays), _pack(about, stored)
+
+
+def _pack(header: dict, arrays: dict) -> bytes:
+    head = json.dumps(header | {"arrays": [[name, a.dtype.name, a.shape] for name, a in arrays.items()]}).encode()
     return b"".join([len(head).to_bytes(4, "little"), head, *(a.tobytes() for a in arrays.values())])
 
 
-def _decode(record: bytes) -> MemoryEntry:
+def _unpack(record: bytes) -> tuple[dict, dict]:
     start = 4 + int.from_bytes(record[:4], "little")
     header, arrays = json.loads(record[4:start]), {}
     for name, dtype, shape in header["arrays"]:
         count = int(np.prod(shape))
         arrays[name] = np.frombuffer(record, np.dtype(dtype), count, start).reshape(shape)
         start += count * np.dtype(dtype).itemsize
+    return header, arrays
+
+
+def _decode(records: list[bytes]) -> MemoryEntry:
+    """From the first record of a video, or from both."""
+    header, arrays = _unpack(records[0])
+    for record in records[1:]:
+        arrays |= _unpack(record)[1]
     scale = arrays.pop("scale", None)
     if scale is not None:
         arrays["tokens"] = arrays["tokens"].astype(np.float32) * scale
-    return MemoryEntry(header["video_sha256"], grid=tuple(header["grid"]), extra=header["extra"], **arrays)
+    return MemoryEntry(header["video_sha256"], grid=tuple(header["grid"]), extra=header["extra"],
+                       **{"tokens": np.zeros(0, np.float32)} | arrays)  # fmt: skip
+
+
+def remove_leftovers(folder) -> list[str]:
+    """Removes the .tmp files of writers that are gone; a living writer holds a lock on its own. Returns their names."""
+    removed = []
+    for path in pathlib.Path(folder).glob(f"*{SUFFIX}.tmp"):
+        with contextlib.suppress(OSError):  # another writer was faster, or the file system has no locks: leave it
+            handle = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+            finally:
+                os.close(handle)
+    return removed
+
+
+def _locked(path: str) -> int:
+    """A descriptor that holds the lock on a new file of this name; closing it gives the lock back."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody removes anything either
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(handle)):
+                return handle
+        os.close(handle)  # removed between the two calls by a writer that was clearing up
 
 
 def _fsync(path):

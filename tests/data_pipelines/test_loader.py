@@ -130,6 +130,30 @@ def test_decode_many_keeps_order_and_collects_errors(workers, processes):
     assert ticks == [(i, 6) for i in range(1, 7)]
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_decode_ahead_yields_all_and_holds_few(workers):
+    begun = []
+
+    def count(path):
+        begun.append(path)
+        return square(path)
+
+    seen = {}
+    for i, (path, result, bad) in enumerate(loader.decode_ahead((f"v{i}" for i in range(20)), count, workers), 1):
+        assert len(begun) <= i + workers + 1
+        seen[path] = bad["reason"] if bad else result
+    assert seen == {f"v{i}": "empty" if i == 2 else i * i for i in range(20)}
+
+
+def test_decode_ahead_stops_at_a_bug_and_when_nobody_wants_more():
+    with pytest.raises(KeyError):
+        list(loader.decode_ahead(rows(4), broken))
+    begun = []
+    for _ in loader.decode_ahead(range(100), begun.append, 2):
+        break
+    assert len(begun) <= 5
+
+
 def test_importing_the_data_side_imports_neither_jax_nor_marc_jax():
     code = (
         "import sys\n"

@@ -97,6 +97,20 @@ def test_resizing_keeps_flat_and_equal_sizes():
         patches.resize_frames(flat.astype(float), 28, 28)
 
 
+def test_other_pixels_need_another_name():
+    """Memories are told apart by `patches.RESIZE`: where these numbers change, it must change too."""
+    y, x = np.mgrid[0:37, 0:53]
+    frame = np.stack([(7 * x + 3 * y) % 256, (x * y) % 256, 255 * ((x // 5 + y // 7) % 2)], -1).astype(np.uint8)
+    small = [[[6, 0, 0], [191, 24, 255]], [[69, 11, 244], [160, 69, 0]]]
+    large = [[[0, 0, 0], [211, 0, 0]], [[63, 0, 251], [18, 121, 255]]]
+    for got, want in (
+        (patches.resize_frames(frame[None], 14, 28)[0, ::8, ::14], small),
+        (patches.resize_frames(frame[None], 56, 70)[0, ::32, ::40], large),
+    ):
+        assert np.abs(got.astype(int) - want).max() <= 1
+    assert patches.RESIZE == "antialiased bicubic -0.5, rounded once"
+
+
 def slow_patches(frames):
     """The rule in words: t, block row, block column, row in block, column in block; then C, frame, y, x."""
     rows = []

@@ -111,9 +111,76 @@ def test_a_killed_writer_loses_only_what_was_not_flushed(tmp_path):
     process.join()
     assert list(tmp_path.glob("*.tmp"))
     with store.MemoryWriter(tmp_path, PRINT) as writer:
-        assert "kept" in writer and "lost0" not in writer
+        assert "kept" in writer and "lost0" not in writer and not list(tmp_path.glob("*.tmp"))
         writer.add("next", entry(2))
     assert sorted(store.MemoryReader(tmp_path, PRINT)) == ["kept", "next"]
+
+
+def _write_and_flush(path, name, begun):
+    writer = store.MemoryWriter(path, PRINT)
+    begun.set()
+    for i in range(10**6):
+        writer.add(f"{name}{i}", entry(i % 100))
+        if i % 3 == 2:
+            writer.flush()
+
+
+def test_killed_at_any_moment_a_memory_is_whole(tmp_path):
+    """Two writers at once, one of them killed while it writes and flushes: what either flushed is there and right."""
+    context, rng = multiprocessing.get_context("spawn"), np.random.default_rng(0)
+    for turn in range(6):
+        begun = context.Event()
+        process = context.Process(target=_write_and_flush, args=(tmp_path, f"v{turn}_", begun))
+        process.start()
+        assert begun.wait(60)
+        with store.MemoryWriter(tmp_path, PRINT) as beside:
+            beside.add(f"beside{turn}", entry(turn))
+            time.sleep(rng.uniform(0, 0.1))
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        reader = store.MemoryReader(tmp_path, PRINT)
+        assert {f"beside{i}" for i in range(turn + 1)} <= set(reader)
+        for name in list(reader):
+            if name.startswith(f"v{turn}_"):
+                same(reader[name], entry(int(name.split("_")[1]) % 100))
+    assert sum(name.startswith("v") for name in reader) > 6
+    store.MemoryWriter(tmp_path, PRINT)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_living_writers_shard_is_left_alone(tmp_path):
+    writer = store.MemoryWriter(tmp_path, PRINT)
+    writer.add("a", entry(1))
+    (left,) = tmp_path.glob("*.tmp")
+    (tmp_path / "0-dead.arrayrecord.tmp").write_bytes(b"half a shard")
+    assert store.remove_leftovers(tmp_path) == ["0-dead.arrayrecord.tmp"] and left.exists()
+    writer.flush()
+    assert sorted(store.MemoryReader(tmp_path, PRINT)) == ["a"] and store.remove_leftovers(tmp_path) == []
+
+
+def test_heads_are_read_without_tokens_and_contents_without_heads(tmp_path):
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        for i in range(3):
+            writer.add(f"v{i}", entry(i))
+        assert writer.same_content(f"{1:064x}") == "v1" and writer.same_content("f" * 64) is None
+        assert writer.bytes > 3 * entry().tokens.nbytes
+        writer.add("v0", entry(9))  # v0's file has changed: its former content is nowhere
+        assert writer.same_content(f"{0:064x}") is None and writer.same_content(f"{9:064x}") == "v0"
+        writer.add("v0", entry(0))
+        assert writer.same_content(f"{0:064x}") == "v0"
+    reader = store.MemoryReader(tmp_path, PRINT)
+    assert reader.contents() == {f"v{i}": f"{i:064x}" for i in range(3)}
+    head = reader.head("v2")
+    assert head.tokens.size == 0 and head.event_embeddings.tobytes() == entry(2).event_embeddings.tobytes()
+
+
+def test_another_version_of_the_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "VERSION", 1)
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        writer.add("v", entry())
+    monkeypatch.undo()
+    with pytest.raises(store.StaleMemory, match="format version 1, this program reads 2; index the videos again"):
+        store.MemoryReader(tmp_path, PRINT)
 
 
 def _write_many(path, name):

@@ -1,0 +1,369 @@
+"""Index once, ask many: the two verbs behind `marc_jax.index` and `marc_jax.ask`.
+
+    archive = Archive("/data/memory", checkpoint="runs/quickstart")
+    archive.index(["holiday.mp4", "/data/videos"])             # what is there already is skipped
+    answer = archive.ask("how many in blue stripes ?")         # or ask(..., video="holiday.mp4")
+    print(answer.text, answer.events)                          # events: video, seconds, similarity
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+
+from data_pipelines import loader
+from data_pipelines.video import Clip, VideoError, read_frames
+from marc_jax import run
+from marc_jax.checkpoint import CheckpointError
+from marc_jax.config import ConfigError
+from marc_jax.evaluation import single, timeline
+from marc_jax.memory import retrieve, store
+from marc_jax.memory.indexer import Decoded, Indexer
+from marc_jax.memory.shots import Shots
+
+SUFFIXES = frozenset(
+    ".3g2 .3gp .avi .flv .gif .h264 .h265 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
+SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
+FLUSH_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a memory was made with; paths are absolute, "" is the run's own.
+
+    Attributes:
+      checkpoint: folder of the run, or of one of its stages.
+      encoder: folder of PE-Core or SigLIP 2; shots: folder of TransNetV2.
+      pool: "mean" or "max".
+    """
+
+    checkpoint: str = ""
+    encoder: str = ""
+    shots: str = ""
+    pool: str = ""
+
+
+@dataclasses.dataclass
+class Indexed:
+    """What `Archive.index` did.
+
+    Attributes:
+      videos: all that were asked for; new: indexed now; same: {file: id} already there, by name or by content.
+      failed: {file: reason}.
+      frames, events, bytes: of the new ones (sampled frames; bytes as stored).
+      video_seconds: length of the new videos; seconds: time it took.
+      stopped: ended early because `stop` said so; what was done is in the memory.
+    """
+
+    videos: int = 0
+    new: list[str] = dataclasses.field(default_factory=list)
+    same: dict[str, str] = dataclasses.field(default_factory=dict)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    frames: int = 0
+    events: int = 0
+    bytes: int = 0
+    video_seconds: float = 0.0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+def find_videos(places: Iterable) -> tuple[list[str], dict[str, str]]:
+    """(files, {place: reason} for those that give none): files as they are, folders searched by `SUFFIXES`, sorted."""
+    files, failed = [], {}
+    for place in map(str, places):
+        if not os.path.isdir(place):
+            files.append(place)
+            continue
+        found = []
+        for folder, inside, names in os.walk(place):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            known = (name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
+            found += [os.path.join(folder, name) for name in sorted(known)]
+        files += found
+        if not found:
+            failed[place] = f"no video in this folder (files ending in {' '.join(sorted(SUFFIXES))})"
+    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], failed
+
+
+class Archive:
+    """Videos indexed by one run's model, and questions about them. Models are loaded and compiled when first needed."""
+
+    def __init__(
+        self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = ""
+    ):  # fmt: skip
+        """Args:
+        memory: its folder; None: videos are indexed when they are asked about, and forgotten.
+        checkpoint: a run, whose main student answers, or a stage of it.
+        encoder, pool, shots: see `Settings`. What is "" is as the memory was made.
+        view: one of the run's views to answer with; default the stage's.
+
+        Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
+        """
+        self.folder = None if memory is None else Path(memory)
+        told = Settings(*(os.path.realpath(p) if p else "" for p in (checkpoint, encoder, shots)), pool)
+        made = _recorded(self.folder)
+        self.settings = Settings(*(a or b for a, b in zip(_values(told), _values(made), strict=True)))
+        if not self.settings.checkpoint:
+            which = f" ({memory} does not say)" if self.folder and self.folder.is_dir() else ""
+            raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
+        self.here, stage = run.opened(self.settings.checkpoint)
+        self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
+        if self.stage not in self.here.config.stages:
+            raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")
+        self.view = self.here.view(view or self.here.config[self.stage].get("view", "full"))
+        self.encoder, self.pool = run.chosen_encoder(self.here, self.settings.encoder, self.settings.pool)
+        self._hashes: dict[tuple, str] = {}
+
+    @functools.cached_property
+    def indexer(self) -> Indexer:
+        shots = None
+        if self.settings.shots:
+            try:
+                shots = Shots.load(self.settings.shots)
+            except CheckpointError as e:
+                raise ConfigError(f"--shots: {e}") from None
+        params = self.here.parameters(self.here.config.eval.teacher)
+        return Indexer(
+            self.here.cfg, params, self.here.retriever, self.here.sampling, encoder=self.encoder, pool=self.pool,
+            shots=shots,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def answerer(self) -> single.Answerer:
+        return single.Answerer(self.here, self.stage, self.view, self.encoder)
+
+    # ---------------------------------------------------------------- index
+
+    def index(
+        self, places: Iterable, *, workers: int = 2, tokens: str = "keep",
+        progress: Callable[[int, int, Indexed], None] | None = None, report: Callable[[str, str], None] | None = None,
+        stop: Callable[[], bool] = lambda: False, read: Callable = read_frames,
+    ) -> Indexed:  # fmt: skip
+        """Adds the videos of files and folders; what cannot be read is in the result's `failed`.
+
+        A video is skipped where the memory holds a file of its name or its content, unchanged. What is done is safe
+        after half a minute at most: a killed run goes on from there.
+
+        Args:
+          workers: threads that decode; at most workers + 1 decoded videos are held.
+          tokens: how they are stored, see `store.MemoryWriter`.
+          progress: called with (done, total, so far); report: with (file, reason) of what cannot be read.
+          stop: asked after every video.
+          read: called in place of `video.read_frames`, from the threads; e.g. to decode in other processes.
+        """
+        if self.folder is None:
+            raise ConfigError("--memory=FOLDER is required: where the memory is kept")
+        begun, done = time.monotonic(), Indexed()
+        files, done.failed = find_videos(places)
+        done.videos = total = len(files) + len(done.failed)
+        for place, reason in done.failed.items():
+            report and report(place, reason)
+        with store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens) as writer:
+            _record(self.folder, self.settings)
+            decode = functools.partial(self._decode, writer, read)
+            finished = len(done.failed)
+            for name, decoded, bad in loader.decode_ahead(files, decode, workers):
+                if bad is not None:
+                    done.failed[name] = bad["reason"]
+                    report and report(name, bad["reason"])
+                else:
+                    self._add(writer, name, decoded, done)
+                finished, done.bytes = finished + 1, writer.bytes
+                done.seconds = time.monotonic() - begun
+                if time.monotonic() - writer.flushed > FLUSH_SECONDS:
+                    writer.flush()
+                progress and progress(finished, total, done)
+                if stop():
+                    done.stopped = finished < total
+                    break
+        done.seconds = time.monotonic() - begun
+        return done
+
+    def _decode(self, writer: store.MemoryWriter, read: Callable, name: str) -> Decoded | str:
+        """In a thread: the decoded file, or the id under which its content is there."""
+        if not os.path.isfile(name):
+            raise VideoError(name, "no such file" if not os.path.exists(name) else "not a regular file")
+        sha256 = store.file_sha256(name)
+        there = writer.same_content(sha256)
+        return self.indexer.decode(name, sha256, read) if there is None else there
+
+    def _add(self, writer: store.MemoryWriter, name: str, decoded: Decoded | str, done: Indexed) -> None:
+        if not isinstance(decoded, str):
+            there = writer.same_content(decoded.sha256)  # a copy that was being decoded at the same time
+            decoded = decoded if there is None else there
+        if isinstance(decoded, str):
+            done.same[name] = decoded
+            return
+        entry = self.indexer.encode(decoded)
+        writer.add(os.path.realpath(name), entry)
+        done.new.append(name)
+        done.frames += len(decoded.clip.frames)
+        done.events += len(entry.event_spans)
+        done.video_seconds += entry.extra["duration"]
+
+    # ---------------------------------------------------------------- ask
+
+    def ask(self, question: str, video: str | None = None) -> single.Answer:
+        """Answers from one video, or from those videos of the memory whose events are nearest to the question.
+
+        Raises:
+          ConfigError: an empty memory, a video it does not hold, a view that cannot look at an archive.
+          StaleMemory: made by another model or from another file. VideoError: no memory, and an unreadable video.
+        """
+        clock, clips = single.Clock(), None
+        if self.folder is None:
+            if not video:
+                raise ConfigError("--video=FILE or --memory=FOLDER is required: what is the question about ?")
+            decoded = clock.once("decode", lambda: self.indexer.decode(video))
+            entries = {video: clock.once("vision, events", lambda: self.indexer.encode(decoded))}
+            clips = {video: decoded.clip}
+            query = clock.once("embed question", lambda: self.answerer.embed(question))
+        else:
+            clock.once("memory", self._contents)
+            query = clock.once("embed question", lambda: self.answerer.embed(question))
+            names = [clock.once("memory", lambda: self._named(video))] if video else self._nearest(query, clock)
+            entries = clock.once("memory", lambda: {name: self._entry(name) for name in names})
+            if self.answerer.pixels:
+                clips = clock.once("decode", lambda: self.clips(names))
+        return self.answerer.answer(question, query, entries, clock, clips)
+
+    def clips(self, names: Iterable[str]) -> Mapping[str, Clip]:
+        """The sampled frames of videos of the memory. VideoError where a file is gone."""
+        return {name: self.indexer.sampling.read(name) for name in names}
+
+    def draw(self, path, answer: single.Answer) -> None:
+        """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""
+        if Path(path).suffix == ".png":
+            self.answerer.draw(path, answer, self.clips(answer.entries))
+            return
+        tracks = {
+            name: timeline.Track(_length(entry), [(*entry.event_seconds[i], s) for i, s in enumerate(scores.tolist())])
+            for (name, entry), scores in zip(answer.entries.items(), answer.scores.values(), strict=True)
+        }
+        shown = [
+            timeline.Shown(e.video, e.number, e.begin, e.end, e.score, frame_jpeg(e.video, (e.begin + e.end) / 2))
+            for e in answer.events
+        ]
+        read = f"{answer.tokens} visual tokens of {answer.all_tokens}"
+        note = f"{read}, first token after {1000 * answer.first_token:.1f} ms"
+        text = timeline.page(answer.question, answer.text, tracks, shown, answer.seconds, note)
+        partial = Path(f"{path}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    @functools.cached_property
+    def reader(self) -> store.MemoryReader:
+        return store.MemoryReader(self.folder, self.indexer.fingerprint)
+
+    def _contents(self) -> None:
+        """Sees what was added since the last question. ConfigError where there is nothing."""
+        if self.reader.refresh():
+            self.__dict__.pop("_table", None)
+        if not len(self.reader):
+            raise ConfigError(f"the memory {self.folder} is empty; index videos first: python -m marc_jax.index")
+
+    def _named(self, name: str) -> str:
+        """The id of a video given by its file: by name, or by content where it was indexed under another name."""
+        contents, key = self.reader.contents(), os.path.realpath(name)
+        if key in contents:
+            return key
+        sha256 = self._sha256(key) if os.path.isfile(key) else None
+        found = next((video for video, known in contents.items() if known == sha256), None)
+        if found is None:
+            raise ConfigError(f"{self.folder} does not hold {name}; add it with python -m marc_jax.index")
+        return found
+
+    def _entry(self, name: str) -> store.MemoryEntry:
+        """With its tokens. StaleMemory if the file has changed since; a file that is gone is answered about."""
+        return self.reader.get_checked(name, self._sha256(name)) if os.path.isfile(name) else self.reader[name]
+
+    def _sha256(self, name: str) -> str:
+        """Of a file; computed again when its size or time has changed."""
+        stat = os.stat(name)
+        key = name, stat.st_size, stat.st_mtime_ns, stat.st_ino
+        if key not in self._hashes:
+            self._hashes[key] = store.file_sha256(name)
+        return self._hashes[key]
+
+    def _nearest(self, query: np.ndarray, clock: single.Clock) -> list[str]:
+        """The videos, by name, of the events of the whole memory that are nearest to the question."""
+        if self.view.select != "retrieve":
+            raise ConfigError(
+                "this view looks at whole videos: name one with --video=FILE, or --view=NAME of a view that retrieves"
+            )
+        names, owner_n, event_n, emb_nd, mask_n, frames = clock.once("memory", lambda: self._table)
+        k = min(self.view.k * frames, len(owner_n))
+        _, ids = clock.once("search", lambda: _search(query, emb_nd, mask_n, k))
+        best = {event_n[row]: names[owner_n[row]] for row in np.asarray(ids)[0].tolist() if row >= 0}
+        return sorted(set(list(best.values())[: self.view.k]))
+
+    @functools.cached_property
+    def _table(self):
+        """(videos by name, [N] the video of each row, [N] its event, rows [M, D] and mask [M] on the device, rows of
+        one event).
+
+        One row is one event, or one frame of an event where `pool` is "max"; M is N rounded up to a power of two.
+        """
+        names = sorted(self.reader)
+        parts = [self.reader.head(name).event_embeddings for name in names]
+        parts = [part if part.ndim == 3 else part[:, None] for part in parts]
+        rows_e = np.concatenate([np.full(len(part), part.shape[1]) for part in parts])
+        owner_e = np.repeat(np.arange(len(names)), [len(part) for part in parts])
+        emb_nd = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+        size = 1 << (len(emb_nd) - 1).bit_length()
+        padded = np.concatenate([emb_nd, np.zeros((size - len(emb_nd), emb_nd.shape[1]), np.float32)])
+        mask = np.arange(size) < len(emb_nd)
+        event_n = np.repeat(np.arange(len(owner_e)), rows_e)
+        return names, owner_e[event_n], event_n, jax.device_put(padded), jax.device_put(mask), int(rows_e.max())
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _search(query_qd, emb_nd, mask_n, k):
+    return retrieve.search(query_qd, emb_nd, k, mask_n=mask_n)
+
+
+def frame_jpeg(path, seconds: float, height: int = 180) -> bytes | None:
+    """The frame shown at a time as a small JPEG; None where the file is gone or cannot be read."""
+    small = lambda h, w: (min(h, height), max(1, round(w * min(h, height) / h)))  # noqa: E731
+    try:
+        clip = read_frames(path, num_frames=1, start=seconds, resize=small)
+    except VideoError:
+        return None
+    done, data = cv2.imencode(".jpg", clip.frames[0][..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    return data.tobytes() if done else None
+
+
+def _length(entry: store.MemoryEntry) -> float:
+    return float(entry.extra.get("duration") or entry.event_seconds.max())
+
+
+def _values(settings: Settings) -> tuple:
+    return dataclasses.astuple(settings)
+
+
+def _recorded(folder: Path | None) -> Settings:
+    """What the memory was made with; nothing where it does not say."""
+    path = None if folder is None else folder / SETTINGS
+    if path is None or not path.is_file():
+        return Settings()
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path} cannot be read ({e}); remove it and give --checkpoint") from None
+
+
+def _record(folder: Path, settings: Settings) -> None:
+    """Writes the settings beside the shards, all or nothing."""
+    if _recorded(folder) == settings:
+        return
+    partial = folder / f"{SETTINGS}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / SETTINGS)
