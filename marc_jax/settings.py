@@ -73,7 +73,9 @@ def stage(kind: str) -> ConfigDict:
 
 
 def view() -> ConfigDict:
-    return ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
+    c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
+    c.update(represent="mean", rule=None, adaptive=False, tokens=None)
+    return c
 
 
 def arm() -> ConfigDict:
