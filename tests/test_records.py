@@ -235,10 +235,16 @@ def test_a_file_that_changed_is_read_anew(trained, place):
     assert before.asked([0]).shapes != after.asked([0]).shapes
 
 
+def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
+    given = [f"--config.{key}=" for key in ("init_from", "data.train", "encoder.path")] + ["--config.model.size=3b"]
+    config = settings.experiment(str(place / "tiny.py"), given)
+    with pytest.raises(ConfigError, match="needs config.init_from, .*; config.data.train, .*; config.encoder.path, "):
+        run.prepare(config, place)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("encoder.path=", "retrieves, but no retriever stage comes before it, and config.encoder.path"),
         ("data.buckets=(1, 3)", "data.buckets = .* must end with data.max_frames / 2 = 4"),
         ("sft.visual=pixels", "sft: training on files takes visual = 'features'"),
         ("views.whole.method=pooled", "views.whole: 'pooled' and 'tokens' need videos of one size"),
