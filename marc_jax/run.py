@@ -307,9 +307,8 @@ def prepare(config, workdir: Path) -> Run:
 def _check_given(config) -> None:
     """What training on files needs and no preset can know."""
     needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
-    kinds = {config[name].kind for name in config.stages}
     used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
-    if "retriever" not in kinds and any(config.views[name].select == "retrieve" for name in used):
+    if any(config.views[name].select == "retrieve" for name in used):
         needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
     given = configs.flat(config)
     if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
