@@ -199,7 +199,7 @@ def test_padding_of_patches_and_videos_changes_nothing(trained, place):
     """Merged from three retrieved events, padded and not: the same tokens at the same places."""
     here, source = opened(trained, place)
     model = qwen25_vl.bind(here.cfg, pretrained.load(place / "model", here.cfg, qwen25_vl.abstract(here.cfg)))
-    asked, view = source.asked([0]), here.view("marc")
+    asked, view = source.asked([1]), here.view("marc")
     index, shape = asked.index(), asked.shapes[0]
     own, patches_t = int(np.prod(shape.hw)), int(index.mask_bt.sum())
     assert own < here.prompter.tokens_per_patch and patches_t < asked.sizes.patches
