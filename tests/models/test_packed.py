@@ -76,6 +76,15 @@ def test_quantised_rows_are_within_half_a_step():
     assert np.all(np.abs(f32(q.values) * f32(q.scale)[:, None] - f32(w)) <= 0.5001 * f32(q.scale)[:, None])
 
 
+def test_8_bit_weights_lose_no_more_than_qwixs():
+    qwix = pytest.importorskip("qwix")
+    w = draw(0, (512, 384), jnp.float32, 0.05)
+    ours, theirs = packed.quantise(w), qwix.quantize(w, jnp.int8, channelwise_axes=(0,))
+    loss = [jnp.linalg.norm(a - w) for a in (ours.values * ours.scale[:, None], qwix.dequantize(theirs))]
+    print("relative loss: ours, Qwix", *(float(a / jnp.linalg.norm(w)) for a in loss))
+    assert loss[0] <= 1.001 * loss[1]
+
+
 def test_other_bit_widths_are_refused():
     cfg = qwen25_vl.tiny()
     with pytest.raises(ValueError, match="bits = 4"):
