@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from data_pipelines import loader
+from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
 from marc_jax import run
 from marc_jax.checkpoint import CheckpointError
@@ -28,9 +29,6 @@ from marc_jax.memory import retrieve, store
 from marc_jax.memory.indexer import Decoded, Indexer
 from marc_jax.memory.shots import Shots
 
-SUFFIXES = frozenset(
-    ".3g2 .3gp .avi .flv .gif .h264 .h265 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)
 SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
 FLUSH_SECONDS = 30.0
 
@@ -73,24 +71,6 @@ class Indexed:
     video_seconds: float = 0.0
     seconds: float = 0.0
     stopped: bool = False
-
-
-def find_videos(places: Iterable) -> tuple[list[str], dict[str, str]]:
-    """(files, {place: reason} for those that give none): files as they are, folders searched by `SUFFIXES`, sorted."""
-    files, failed = [], {}
-    for place in map(str, places):
-        if not os.path.isdir(place):
-            files.append(place)
-            continue
-        found = []
-        for folder, inside, names in os.walk(place):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            known = (name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
-            found += [os.path.join(folder, name) for name in sorted(known)]
-        files += found
-        if not found:
-            failed[place] = f"no video in this folder (files ending in {' '.join(sorted(SUFFIXES))})"
-    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], failed
 
 
 class Archive:
@@ -143,7 +123,7 @@ class Archive:
     # ---------------------------------------------------------------- index
 
     def index(
-        self, places: Iterable, *, workers: int = 2, tokens: str = "keep",
+        self, places: Iterable | Found, *, workers: int = 2, tokens: str = "keep",
         progress: Callable[[int, int, Indexed], None] | None = None, report: Callable[[str, str], None] | None = None,
         stop: Callable[[], bool] = lambda: False, read: Callable = read_frames,
     ) -> Indexed:  # fmt: skip
@@ -153,6 +133,7 @@ class Archive:
         after half a minute at most: a killed run goes on from there.
 
         Args:
+          places: files and folders, or what `find_videos` found there.
           workers: threads that decode; at most workers + 1 decoded videos are held.
           tokens: how they are stored, see `store.MemoryWriter`.
           progress: called with (done, total, so far); report: with (file, reason) of what cannot be read.
@@ -162,15 +143,15 @@ class Archive:
         if self.folder is None:
             raise ConfigError("--memory=FOLDER is required: where the memory is kept")
         begun, done = time.monotonic(), Indexed()
-        files, done.failed = find_videos(places)
-        done.videos = total = len(files) + len(done.failed)
+        found = places if isinstance(places, Found) else find_videos(places)
+        done.videos, done.failed = found.total, dict(found.failed)
         for place, reason in done.failed.items():
             report and report(place, reason)
         with store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens) as writer:
             _record(self.folder, self.settings)
             decode = functools.partial(self._decode, writer, read)
             finished = len(done.failed)
-            for name, decoded, bad in loader.decode_ahead(files, decode, workers):
+            for name, decoded, bad in loader.decode_ahead(found.files, decode, workers):
                 if bad is not None:
                     done.failed[name] = bad["reason"]
                     report and report(name, bad["reason"])
@@ -180,9 +161,9 @@ class Archive:
                 done.seconds = time.monotonic() - begun
                 if time.monotonic() - writer.flushed > FLUSH_SECONDS:
                     writer.flush()
-                progress and progress(finished, total, done)
+                progress and progress(finished, found.total, done)
                 if stop():
-                    done.stopped = finished < total
+                    done.stopped = finished < found.total
                     break
         done.seconds = time.monotonic() - begun
         return done

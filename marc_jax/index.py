@@ -33,16 +33,17 @@ def main(arguments: list[str]) -> int:
     if not wanted.memory or not places:
         raise configs.ConfigError("VIDEO_OR_FOLDER... and --memory=FOLDER are required")
 
+    from data_pipelines.folders import find_videos
     from marc_jax import metrics
-    from marc_jax.archive import Archive, find_videos
+    from marc_jax.archive import Archive
     from marc_jax.interrupt import Interrupt
 
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
         shots=wanted.shots or "",
     )  # fmt: skip
-    total = sum(map(len, find_videos(places)))
-    with Interrupt() as interrupt, metrics.Progress("index", total) as bar:
+    found = find_videos(places)
+    with Interrupt() as interrupt, metrics.Progress("index", found.total) as bar:
 
         def progress(done, _, so_far):
             rate = so_far.frames / max(so_far.seconds, 1e-9)
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
             print(f"error: {name}: {reason}", file=sys.stderr)
 
         done = archive.index(
-            places, workers=wanted.workers, tokens=wanted.tokens, progress=progress, report=report,
+            found, workers=wanted.workers, tokens=wanted.tokens, progress=progress, report=report,
             stop=interrupt.requested,
         )  # fmt: skip
         if done.stopped:

@@ -259,13 +259,6 @@ def test_the_pictures_of_an_archive(place, memory, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"ask.html", "ask.png"}
 
 
-def test_folders_are_searched_and_files_counted_once(place):
-    found, failed = archive.find_videos([place / "videos", *videos(place), place / "run"])
-    inside = [pathlib.Path(name).name for name in videos(place)]
-    assert [pathlib.Path(name).name for name in found] == ["empty.MKV", "text.mp4", *inside]
-    assert list(failed) == [str(place / "run")] and "no video in this folder" in failed[str(place / "run")]
-
-
 def test_the_commands(place, repo, tmp_path):
     memory, texts = tmp_path / "memory", place / "videos" / "text.mp4"
     one, two, *_ = videos(place)
