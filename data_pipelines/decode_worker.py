@@ -90,10 +90,9 @@ def _heard() -> list[str]:
 
 
 def _answer(decode, request: dict, memory: int) -> tuple[dict, list[int]]:
-    path, sampling = request["path"], unpack(request["sampling"])
-    limits = sampling.get("limits") or Limits()
-    seconds = min(limits.decode_seconds, request["seconds"])
-    sampling["limits"] = dataclasses.replace(limits, decode_seconds=seconds)
+    path, sampling, seconds = request["path"], unpack(request["sampling"]), request["seconds"]
+    limits = sampling.get("limits") or Limits(decode_seconds=seconds)
+    sampling["limits"] = dataclasses.replace(limits, decode_seconds=min(limits.decode_seconds, seconds))
     try:
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)

@@ -209,6 +209,10 @@ class Pool:
         finally:
             self._idle.put(self._kept(worker))
 
+    def read_frames(self, path, **sampling) -> Clip:
+        """`decode`, to be given in place of `video.read_frames`."""
+        return self.decode(path, sampling)
+
     def _ready(self, worker: _Worker | None) -> _Worker:
         with self._lock:
             if self._closed:

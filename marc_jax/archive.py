@@ -6,11 +6,13 @@
     print(answer.text, answer.events)                          # events: video, seconds, similarity
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import cv2
 import jax
 import numpy as np
 
-from data_pipelines import loader
+from data_pipelines import loader, patches, sandbox
+from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
 from marc_jax import run
@@ -74,16 +77,21 @@ class Indexed:
 
 
 class Archive:
-    """Videos indexed by one run's model, and questions about them. Models are loaded and compiled when first needed."""
+    """Videos indexed by one run's model, and questions about them. Models are loaded and compiled when first needed.
+
+    Files are decoded in child processes: one that hangs or kills its decoder is a VideoError like any other.
+    """
 
     def __init__(
-        self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = ""
+        self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = "",
+        decode_seconds: float | None = None,
     ):  # fmt: skip
         """Args:
         memory: its folder; None: videos are indexed when they are asked about, and forgotten.
         checkpoint: a run, whose main student answers, or a stage of it.
         encoder, pool, shots: see `Settings`. What is "" is as the memory was made.
         view: one of the run's views to answer with; default the stage's.
+        decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
@@ -100,6 +108,7 @@ class Archive:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")
         self.view = self.here.view(view or self.here.config[self.stage].get("view", "full"))
         self.encoder, self.pool = run.chosen_encoder(self.here, self.settings.encoder, self.settings.pool)
+        self.decode_seconds = decode_seconds or DEFAULT_LIMITS.decode_seconds
         self._hashes: dict[tuple, str] = {}
 
     @functools.cached_property
@@ -125,7 +134,7 @@ class Archive:
     def index(
         self, places: Iterable | Found, *, workers: int = 2, tokens: str = "keep",
         progress: Callable[[int, int, Indexed], None] | None = None, report: Callable[[str, str], None] | None = None,
-        stop: Callable[[], bool] = lambda: False, read: Callable = read_frames,
+        stop: Callable[[], bool] = lambda: False, read: Callable | None = None,
     ) -> Indexed:  # fmt: skip
         """Adds the videos of files and folders; what cannot be read is in the result's `failed`.
 
@@ -134,11 +143,11 @@ class Archive:
 
         Args:
           places: files and folders, or what `find_videos` found there.
-          workers: threads that decode; at most workers + 1 decoded videos are held.
+          workers: processes that decode; at most workers + 1 decoded videos are held.
           tokens: how they are stored, see `store.MemoryWriter`.
           progress: called with (done, total, so far); report: with (file, reason) of what cannot be read.
           stop: asked after every video.
-          read: called in place of `video.read_frames`, from the threads; e.g. to decode in other processes.
+          read: called, from threads, in place of decoding in child processes: `video.read_frames` or the like.
         """
         if self.folder is None:
             raise ConfigError("--memory=FOLDER is required: where the memory is kept")
@@ -147,17 +156,19 @@ class Archive:
         done.videos, done.failed = found.total, dict(found.failed)
         for place, reason in done.failed.items():
             report and report(place, reason)
-        with store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens) as writer:
+        writer = store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens)
+        pool = sandbox.Pool(max(1, min(workers, len(found.files))), self.decode_seconds)
+        decode = functools.partial(self._decode, writer, read or pool.read_frames)
+        work = loader.decode_ahead(found.files, decode, workers)
+        with writer, contextlib.closing(work), pool:  # stopped, the pool ends first: no thread waits for a file then
             _record(self.folder, self.settings)
-            decode = functools.partial(self._decode, writer, read)
-            finished = len(done.failed)
-            for name, decoded, bad in loader.decode_ahead(found.files, decode, workers):
+            for finished, (name, decoded, bad) in enumerate(work, len(done.failed) + 1):
                 if bad is not None:
                     done.failed[name] = bad["reason"]
                     report and report(name, bad["reason"])
                 else:
                     self._add(writer, name, decoded, done)
-                finished, done.bytes = finished + 1, writer.bytes
+                done.bytes = writer.bytes
                 done.seconds = time.monotonic() - begun
                 if time.monotonic() - writer.flushed > FLUSH_SECONDS:
                     writer.flush()
@@ -203,7 +214,7 @@ class Archive:
         if self.folder is None:
             if not video:
                 raise ConfigError("--video=FILE or --memory=FOLDER is required: what is the question about ?")
-            decoded = clock.once("decode", lambda: self.indexer.decode(video))
+            decoded = clock.once("decode", lambda: self.indexer.decode(video, read=self._read))
             entries = {video: clock.once("vision, events", lambda: self.indexer.encode(decoded))}
             clips = {video: decoded.clip}
             query = clock.once("embed question", lambda: self.answerer.embed(question))
@@ -218,7 +229,14 @@ class Archive:
 
     def clips(self, names: Iterable[str]) -> Mapping[str, Clip]:
         """The sampled frames of videos of the memory. VideoError where a file is gone."""
-        return {name: self.indexer.sampling.read(name) for name in names}
+        return {name: self.indexer.sampling.read(name, self._read) for name in names}
+
+    @functools.cached_property
+    def _read(self) -> Callable:
+        """`read_frames` in one child process, which ends with this object."""
+        pool = sandbox.Pool(1, self.decode_seconds)
+        weakref.finalize(self, pool.close)
+        return pool.read_frames
 
     def draw(self, path, answer: single.Answer) -> None:
         """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""
@@ -230,7 +248,9 @@ class Archive:
             for (name, entry), scores in zip(answer.entries.items(), answer.scores.values(), strict=True)
         }
         shown = [
-            timeline.Shown(e.video, e.number, e.begin, e.end, e.score, frame_jpeg(e.video, (e.begin + e.end) / 2))
+            timeline.Shown(
+                e.video, e.number, e.begin, e.end, e.score, frame_jpeg(e.video, (e.begin + e.end) / 2, self._read)
+            )
             for e in answer.events
         ]
         read = f"{answer.tokens} visual tokens of {answer.all_tokens}"
@@ -311,14 +331,15 @@ def _search(query_qd, emb_nd, mask_n, k):
     return retrieve.search(query_qd, emb_nd, k, mask_n=mask_n)
 
 
-def frame_jpeg(path, seconds: float, height: int = 180) -> bytes | None:
+def frame_jpeg(path, seconds: float, read: Callable = read_frames, height: int = 180) -> bytes | None:
     """The frame shown at a time as a small JPEG; None where the file is gone or cannot be read."""
-    small = lambda h, w: (min(h, height), max(1, round(w * min(h, height) / h)))  # noqa: E731
     try:
-        clip = read_frames(path, num_frames=1, start=seconds, resize=small)
+        frames = read(path, num_frames=1, start=seconds).frames[:1]
     except VideoError:
         return None
-    done, data = cv2.imencode(".jpg", clip.frames[0][..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    h, w = frames.shape[1:3]
+    small = patches.resize_frames(frames, min(h, height), max(1, round(w * min(h, height) / h)))
+    done, data = cv2.imencode(".jpg", small[0, :, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     return data.tobytes() if done else None
 
 

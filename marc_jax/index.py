@@ -6,6 +6,7 @@ Folders are searched for videos by the endings of their names. A video that is t
 whatever its name; one that cannot be read is reported, and the others go on. A run that was stopped or killed goes on
 with the same command. Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER), and
 divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers which, so ask need not be told.
+Files are decoded in child processes: one that takes longer than --decode_seconds or kills its decoder has failed.
 
 Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 or 143
 when stopped by Ctrl-C or SIGTERM.
@@ -23,7 +24,8 @@ flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos (tools.convert_transnetv2).")
 flags.DEFINE_enum("tokens", "keep", ["keep", "float32", "bfloat16", "int8"], "How visual tokens are stored.")
-flags.DEFINE_integer("workers", 2, "Threads that decode; 0: none beside the main one.")
+flags.DEFINE_integer("workers", 2, "Processes that decode, ahead of the model; 0: one, when the model waits for it.")
+flags.DEFINE_float("decode_seconds", None, "How long decoding one file may take, default 1800.", lower_bound=1)
 flags.DEFINE_list("videos", [], "Video files or folders too, separated by commas.")
 
 
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
-        shots=wanted.shots or "",
+        shots=wanted.shots or "", decode_seconds=wanted.decode_seconds,
     )  # fmt: skip
     found = find_videos(places)
     with Interrupt() as interrupt, metrics.Progress("index", found.total) as bar:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines import sandbox
 from data_pipelines.synthetic import build
 from data_pipelines.video import VideoError, read_frames
 from marc_jax import archive, checkpoint, optim, run, settings
@@ -71,12 +72,16 @@ def memory(place):
     return place / "memory"
 
 
-def start(repo, entry: str, *arguments):
+def python(repo, *arguments, **variables):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.run(
-        [sys.executable, "-m", f"marc_jax.{entry}", *map(str, arguments)], cwd=repo, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": flags}, timeout=300,
+        [sys.executable, *map(str, arguments)], cwd=repo, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": flags, **variables}, timeout=300,
     )  # fmt: skip
+
+
+def start(repo, entry: str, *arguments):
+    return python(repo, "-m", f"marc_jax.{entry}", *arguments)
 
 
 def videos(place) -> list[str]:
@@ -174,6 +179,50 @@ def test_files_may_be_read_by_somebody_else(place, tmp_path):
 
     done = Archive(tmp_path / "memory", place / "run").index(videos(place)[:2], read=read)
     assert done.failed == {videos(place)[0]: "took too long"} and done.new == [videos(place)[1]]
+
+
+@pytest.fixture
+def faulty(place, tmp_path):
+    """(good and bad files, the reason of each bad one) where decoders do what a file's name says, within 3 s."""
+    reasons = {
+        "hang.mp4": "decoding took longer than 3 s",
+        "segfault.mp4": "its decoder died (signal SIGSEGV)",
+        "exits.mp4": "its decoder died (exit code 3: the library gave up)",
+    }
+    bad = {str(shutil.copy(videos(place)[2], tmp_path / name)): reason for name, reason in reasons.items()}
+    return [list(bad)[0], videos(place)[0], *list(bad)[1:], videos(place)[1]], bad
+
+
+def test_a_decoder_that_hangs_or_dies_costs_only_its_file(place, memory, faulty, tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.Pool.__init__.__kwdefaults__, "decoder", "fake_decoders:read_or_fail")
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "data_pipelines")
+    files, bad = faulty
+    told = Archive(tmp_path / "memory", place / "run", decode_seconds=3)
+    done = told.index(files)
+    assert done.failed == bad and sorted(done.new) == videos(place)[:2] and not done.stopped
+    with pytest.raises(VideoError, match="segfault.mp4: its decoder died"):
+        Archive(None, place / "run", decode_seconds=3).ask(QUESTION, list(bad)[1])
+    for name in done.new:  # what the children decode is what this process does
+        kept, here = told.reader[name], Archive(memory).indexer.file(name)
+        assert all(getattr(kept, f).tobytes() == getattr(here, f).tobytes() for f in store.ARRAYS)
+    stopped = Archive(tmp_path / "other", place / "run").index(files, stop=lambda: True)
+    assert stopped.stopped  # without waiting the half hour that a file may take
+
+
+def test_index_says_what_hung_or_died_and_its_exit_code_too(repo, place, faulty, tmp_path):
+    files, bad = faulty
+    flags = [f"--memory={tmp_path / 'memory'}", f"--checkpoint={place / 'run'}", "--decode_seconds=3"]
+    code = (
+        "import data_pipelines.sandbox, marc_jax.index, marc_jax.config\n"
+        "data_pipelines.sandbox.Pool.__init__.__kwdefaults__['decoder'] = 'fake_decoders:read_or_fail'\n"
+        "marc_jax.config.run_main(marc_jax.index.main, arguments=True)"
+    )
+    folders = os.pathsep.join([*sys.path, str(repo / "tests" / "data_pipelines")])
+    got = python(repo, "-c", code, *files, *flags, PYTHONPATH=folders)
+    assert got.returncode == 1, got.stderr[-3000:]
+    assert "2 of 5 videos" in got.stdout and "3 failed:" in got.stdout
+    for name, reason in bad.items():
+        assert f"error: {name}: {reason}" in got.stderr and f"  {name}: {reason}" in got.stdout
 
 
 def test_stopping_leaves_what_was_done(place, tmp_path):

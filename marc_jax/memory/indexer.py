@@ -153,7 +153,10 @@ class Indexer:
         else:
             whole = self.sampling.read_full(path, read)
             clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
+        if self.shots:
+            spans = self.shots.spans(path, clip.seconds, read=read)
+        else:
+            spans = events.segment(clip.frames, self.sampling.fps)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
 
     def encode(self, decoded: Decoded) -> store.MemoryEntry:

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from data_pipelines.video import Clip, VideoError, VideoInfo
+from data_pipelines.video import Clip, VideoError, VideoInfo, read_frames
 
 INFO = VideoInfo(8, 6, 25.0, 2, 0.08, "fake")
 
@@ -43,3 +43,9 @@ def decode(path, **sampling):
     if kind == "sampling":
         raise VideoError(path, repr(sampling))
     return Clip(np.full((2, 6, 8, 3), len(path), np.uint8), np.array([0.0, 0.04]), INFO, np.arange(2))
+
+
+def read_or_fail(path, **sampling):
+    """`read_frames`, but a file named hang, segfault or the like does what its name says."""
+    kind = os.path.basename(path).split(".")[0]
+    return (decode if kind in ("hang", "killed", "segfault", "exits") else read_frames)(path, **sampling)
