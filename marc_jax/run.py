@@ -129,7 +129,7 @@ class Run:
         """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
         if kind == "pixels":
             return self.pixels
-        name = indexer.tower_sha256(params)
+        name = encoders.tower_sha256(params)
         if name != self.tower:
             self.features = self.whole(tower_features(self.cfg, params, self.pixels, self.grid_hw))
             self.tower = name
