@@ -42,7 +42,7 @@ class Settings:
 
     Attributes:
       checkpoint: folder of the run, or of one of its stages.
-      encoder: folder of PE-Core or SigLIP 2; shots: folder of TransNetV2.
+      encoder: folder of PE-Core, SigLIP 2 or a run whose retriever embeds; shots: folder of TransNetV2.
       pool: "mean" or "max".
     """
 

@@ -21,7 +21,7 @@ flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stage
 flags.DEFINE_string("video", None, "Video file; default all of the memory.")
 flags.DEFINE_string("question", None, "The question.")
 flags.DEFINE_string("memory", None, "Folder of a memory.")
-flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: as the memory's.")
+flags.DEFINE_string("encoder", None, "PE-Core, SigLIP 2 or a run whose retriever embeds; default: as the memory's.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos; default: as the memory's.")
 flags.DEFINE_float("decode_seconds", None, "How long decoding a file may take, default 1800.", lower_bound=1)

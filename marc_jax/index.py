@@ -4,9 +4,10 @@
 
 Folders are searched for videos by the endings of their names. A video that is there already, unchanged, is skipped,
 whatever its name; one that cannot be read is reported, and the others go on. A run that was stopped or killed goes on
-with the same command. Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER), and
-divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers which, so ask need not be told.
-Files are decoded in child processes: one that takes longer than --decode_seconds or kills its decoder has failed.
+with the same command. Events are embedded by the run's own retriever, or by PE-Core, SigLIP 2 or another run's
+retriever (--encoder=FOLDER), and divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers
+which, so ask need not be told. Files are decoded in child processes: one that takes longer than --decode_seconds or
+kills its decoder has failed.
 
 Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 or 143
 when stopped by Ctrl-C or SIGTERM.
@@ -20,7 +21,7 @@ from marc_jax import config as configs
 
 flags.DEFINE_string("checkpoint", None, "Folder of a run; default the one that the memory was made with.")
 flags.DEFINE_string("memory", None, "Folder of the memory; made if absent.")
-flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
+flags.DEFINE_string("encoder", None, "PE-Core, SigLIP 2 or a run whose retriever embeds; default: config.encoder.path.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos (tools.convert_transnetv2).")
 flags.DEFINE_enum("tokens", "keep", ["keep", "float32", "bfloat16", "int8"], "How visual tokens are stored.")

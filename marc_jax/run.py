@@ -193,8 +193,26 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
+def own_encoder(folder) -> encoders.SmallEncoder | None:
+    """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
+
+    Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
+    """
+    try:
+        if "stages" not in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
+            return None  # published weights have a config.json too
+    except (OSError, ValueError):
+        return None
+    there, _ = opened(folder)
+    params = there.parameters(there.config[there.retriever_stage].init)
+    queries = lambda texts: there.prompter.queries(texts, QUESTION)  # noqa: E731
+    return encoders.SmallEncoder(there.cfg, params, there.retriever, there.sampling.size, queries)
+
+
 def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
+
+    --encoder is a folder of PE-Core or SigLIP 2, or of another run, whose retriever then embeds.
 
     Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
     """
@@ -205,8 +223,8 @@ def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     if not path:
         return None, pool
     try:
-        return encoders.open_encoder(path, mesh=here.mesh), pool
-    except (WeightsError, TokenizerError) as e:
+        return own_encoder(path) or encoders.open_encoder(path, mesh=here.mesh), pool
+    except (ConfigError, WeightsError, TokenizerError) as e:
         raise ConfigError(f"--encoder: {e}") from None
 
 

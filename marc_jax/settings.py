@@ -22,7 +22,7 @@ PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 def base() -> ConfigDict:
     """Every key outside the open groups (views, stages, eval.arms), with its default.
 
-    `encoder.path`: folder of PE-Core or SigLIP 2 weights for index and ask; empty: the run's own retriever.
+    `encoder.path`: folder of PE-Core, SigLIP 2 or another run's retriever for index and ask; empty: this run's own.
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).

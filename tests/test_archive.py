@@ -251,6 +251,24 @@ def test_shots_of_transnetv2_are_part_of_what_a_memory_is(place, tmp_path):
         Archive(None, place / "run", shots=str(tmp_path / "nowhere")).ask(QUESTION, name)
 
 
+def test_another_runs_retriever_embeds(place, memory, repo, tmp_path):
+    name = videos(place)[0]
+    own = Archive(memory).ask(QUESTION, name)
+    same = Archive(None, place / "run", encoder=str(place / "run")).ask(QUESTION, name)
+    assert same.text == own.text and [e.number for e in same.events] == [e.number for e in own.events]
+    np.testing.assert_allclose([e.score for e in same.events], [e.score for e in own.events], atol=1e-5)
+    other = str(write_run(place / "retriever", repo, seed=3))
+    Archive(tmp_path / "memory", place / "run", encoder=other).index([name])
+    told = Archive(tmp_path / "memory")
+    assert told.ask(QUESTION).text is not None and told.settings.encoder == other
+    os.unlink(tmp_path / "memory" / archive.SETTINGS)
+    with pytest.raises(store.StaleMemory, match="retriever: retriever 56px .* in the memory, [0-9a-f]{37}... wanted"):
+        Archive(tmp_path / "memory", place / "run").ask(QUESTION)
+    shutil.rmtree(place / "retriever" / "retriever")
+    with pytest.raises(ConfigError, match="--encoder: stage 'retriever' of .*retriever has not saved any"):
+        Archive(None, place / "run", encoder=other)
+
+
 def test_a_memory_of_another_model_is_refused(place, memory, repo):
     other = write_run(place / "other", repo, seed=7)
     for use in (lambda a: a.ask(QUESTION), lambda a: a.index(videos(place))):

@@ -1,6 +1,7 @@
 """One interface to whatever embeds events and questions in one space: PE-Core, SigLIP 2, or a run's small retriever.
 
-    encoder = open_encoder("weights/pe-l14")               # PE-Core or SigLIP 2, from Orbax or safetensors
+    encoder = open_encoder("weights/pe-l14")               # PE-Core or SigLIP 2, from Orbax or safetensors; or a run's:
+    encoder = run.own_encoder("runs/retriever")            # marc_jax.run
     frames_td = encoder.embed_frames(frames)               # uint8 [T, H, W, 3] of any size -> unit vectors [T, D]
     texts_nd = encoder.embed_texts(["a red car"])          # unit vectors [N, D]
     events_ed = pool_frames(frames_td, spans)              # mean of an event's unit vectors, renormalised
