@@ -24,7 +24,7 @@ from data_pipelines import loader, patches, sandbox
 from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import run
+from marc_jax import files, run
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
@@ -256,9 +256,7 @@ class Archive:
         read = f"{answer.tokens} visual tokens of {answer.all_tokens}"
         note = f"{read}, first token after {1000 * answer.first_token:.1f} ms"
         text = timeline.page(answer.question, answer.text, tracks, shown, answer.seconds, note)
-        partial = Path(f"{path}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        files.write_whole(path, text)
 
     @functools.cached_property
     def reader(self) -> store.MemoryReader:
@@ -363,9 +361,6 @@ def _recorded(folder: Path | None) -> Settings:
 
 
 def _record(folder: Path, settings: Settings) -> None:
-    """Writes the settings beside the shards, all or nothing."""
-    if _recorded(folder) == settings:
-        return
-    partial = folder / f"{SETTINGS}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / SETTINGS)
+    """Writes the settings beside the shards."""
+    if _recorded(folder) != settings:
+        files.write_whole(folder / SETTINGS, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, locks, metrics, optim, pretrained, sharding
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
@@ -287,9 +285,7 @@ def prepare(config, workdir: Path) -> Run:
             )  # fmt: skip
         except ValueError as e:
             raise ConfigError(f"config.data: {e}") from None
-    partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
-    shutil.copyfile(folder / "tokenizer.json", partial)
-    partial.replace(workdir / "tokenizer.json")
+    files.write_whole(workdir / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
     return run
@@ -357,7 +353,7 @@ def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
     if not errors:
         return
     path = run.workdir / "unreadable.jsonl"
-    path.write_text("".join(json.dumps(error) + "\n" for error in errors), encoding="utf-8")
+    files.write_whole(path, "".join(json.dumps(error) + "\n" for error in errors))
     line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
     if len(errors) > 0.01 * total:
         raise ConfigError(line)

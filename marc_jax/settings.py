@@ -1,12 +1,12 @@
 """The keys of an experiment: defaults, what a file may set, and every check before anything compiles. No jax here."""
 
 import json
-import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from marc_jax import config as configs
+from marc_jax import files
 from marc_jax.config import ConfigError
 
 SELECT = ("all", "retrieve", "random", "none")
@@ -242,8 +242,5 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
                 f"{path.parent} was started with another config (different: {', '.join(changed)}); "
                 "choose another --workdir, or remove it"
             )
-    if not write:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    if write:
+        files.write_whole(path, text)

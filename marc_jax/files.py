@@ -1,0 +1,25 @@
+"""Files that appear whole or not at all."""
+
+import os
+import pathlib
+import tempfile
+
+
+def write_whole(path, data: bytes | str) -> None:
+    """Writes a file (text as UTF-8) in place of the one that is there, if any; after an OSError that one stays.
+
+    It is flushed to disk under a name of its own before it takes its place, so readers and writers of other processes,
+    a kill or a power cut never meet half of it.
+    """
+    path = pathlib.Path(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        pathlib.Path(part).unlink(missing_ok=True)
+        raise
