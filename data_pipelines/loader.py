@@ -69,7 +69,7 @@ def describe_error(record, row: int, error: BaseException) -> dict:
     """{row, path, reason}, a line of bad_samples.jsonl. The row is the one in the source file where it is known."""
     path = getattr(error, "path", None) or getattr(record, "path", None) or (record if isinstance(record, str) else "")
     known = getattr(record, "row", -1)
-    reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
     return {"row": known if known >= 0 else row, "path": str(path), "reason": reason}
 
 

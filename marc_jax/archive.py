@@ -96,11 +96,13 @@ class Archive:
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
         self.folder = None if memory is None else Path(memory)
+        if self.folder and self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"--memory={memory}: a file, not a folder")
         told = Settings(*(os.path.realpath(p) if p else "" for p in (checkpoint, encoder, shots)), pool)
         made = _recorded(self.folder)
         self.settings = Settings(*(a or b for a, b in zip(_values(told), _values(made), strict=True)))
         if not self.settings.checkpoint:
-            which = f" ({memory} does not say)" if self.folder and self.folder.is_dir() else ""
+            which = f" ({_lacking(self.folder) or f'{memory} does not say'})" if self.folder else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
         self.here, stage = run.opened(self.settings.checkpoint)
         self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
@@ -264,10 +266,10 @@ class Archive:
 
     def _contents(self) -> None:
         """Sees what was added since the last question. ConfigError where there is nothing."""
+        if lacking := _lacking(self.folder):
+            raise ConfigError(f"{lacking}; index videos first: python -m marc_jax.index")
         if self.reader.refresh():
             self.__dict__.pop("_table", None)
-        if not len(self.reader):
-            raise ConfigError(f"the memory {self.folder} is empty; index videos first: python -m marc_jax.index")
 
     def _named(self, name: str) -> str:
         """The id of a video given by its file: by name, or by content where it was indexed under another name."""
@@ -347,6 +349,13 @@ def _length(entry: store.MemoryEntry) -> float:
 
 def _values(settings: Settings) -> tuple:
     return dataclasses.astuple(settings)
+
+
+def _lacking(folder: Path) -> str | None:
+    """Why no question can be answered from there, if so."""
+    if not folder.is_dir():
+        return f"there is no memory {folder}"
+    return None if any(folder.glob(f"*{store.SUFFIX}")) else f"the memory {folder} is empty"
 
 
 def _recorded(folder: Path | None) -> Settings:

@@ -36,6 +36,8 @@ def main() -> None:
         raise configs.ConfigError("--question=TEXT and --memory=FOLDER or --video=FILE are required")
     if wanted.picture and Path(wanted.picture).suffix not in (".html", ".png"):
         raise configs.ConfigError(f"--picture={wanted.picture}: the name ends neither in .html nor in .png")
+    if wanted.picture and not Path(wanted.picture).absolute().parent.is_dir():
+        raise configs.ConfigError(f"--picture={wanted.picture}: there is no such folder")
 
     from marc_jax.archive import Archive
 

@@ -12,14 +12,18 @@ def write_whole(path, data: bytes | str) -> None:
     a kill or a power cut never meet half of it.
     """
     path = pathlib.Path(path)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = None
     try:
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(part, 0o644)
         os.replace(part, path)
-    except BaseException:
-        pathlib.Path(part).unlink(missing_ok=True)
-        raise
+        part = None
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e  # of the file that was meant
+    finally:
+        if part is not None:
+            pathlib.Path(part).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or th
 when stopped by Ctrl-C or SIGTERM.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -69,7 +70,9 @@ def main(arguments: list[str]) -> int:
 def summary(done, memory: str) -> str:
     """The last words: what is in the memory, how fast it came there, what it takes, what failed."""
     there = len(done.new) + len(done.same)
-    lines = [f"{there} of {done.videos} videos in {memory}: {len(done.new)} new, {len(done.same)} there before"]
+    copies = sum(video != os.path.realpath(name) for name, video in done.same.items())
+    counts = f"{len(done.new)} new, {len(done.same) - copies} there before, {copies} copies of others"
+    lines = [f"{there} of {done.videos} videos in {memory}: {counts}"]
     if done.new:
         hours = done.video_seconds / 3600
         size = f"{done.bytes / hours / 1e6:,.1f} MB per hour of video" if hours else f"{done.bytes} bytes"

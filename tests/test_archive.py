@@ -281,10 +281,13 @@ def test_questions_that_cannot_be_answered_say_why(place, memory, tmp_path):
     with pytest.raises(ConfigError, match=r"the memory .* is empty; index videos first"):
         (tmp_path / "empty").mkdir()
         Archive(tmp_path / "empty", place / "run").ask(QUESTION)
-    with pytest.raises(store.StoreError, match="no such memory folder"):
+    with pytest.raises(ConfigError, match="there is no memory .*nothing; index videos first"):
         Archive(tmp_path / "nothing", place / "run").ask(QUESTION)
-    with pytest.raises(ConfigError, match="--checkpoint=FOLDER is required"):
-        Archive(tmp_path / "empty")
+    for name, why in (("nothing", "there is no memory"), ("empty", "the memory .*empty is empty")):
+        with pytest.raises(ConfigError, match=f"--checkpoint=FOLDER is required: .* \\({why}"):
+            Archive(tmp_path / name)
+    with pytest.raises(ConfigError, match="--memory=.*text.mp4: a file, not a folder"):
+        Archive(place / "videos" / "text.mp4", place / "run")
     with pytest.raises(ConfigError, match="does not hold .*notes.txt; add it with python -m marc_jax.index"):
         Archive(memory).ask(QUESTION, str(place / "videos" / "notes.txt"))
     with pytest.raises(ConfigError, match="looks at whole videos: name one with --video"):
