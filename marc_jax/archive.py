@@ -104,7 +104,11 @@ class Archive:
         if not self.settings.checkpoint:
             which = f" ({_lacking(self.folder) or f'{memory} does not say'})" if self.folder else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
-        self.here, stage = run.opened(self.settings.checkpoint)
+        try:
+            self.here, stage = run.opened(self.settings.checkpoint)
+        except ConfigError as e:
+            hint = "" if checkpoint else f"; {memory} was made with it: give --checkpoint=FOLDER, where it is now"
+            raise ConfigError(f"{e}{hint}") from None
         self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
         if self.stage not in self.here.config.stages:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")

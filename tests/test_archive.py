@@ -294,6 +294,9 @@ def test_questions_that_cannot_be_answered_say_why(place, memory, tmp_path):
         Archive(memory, view="full").ask(QUESTION)
     with pytest.raises(VideoError, match="text.mp4: a text file"):
         Archive(None, place / "run").ask(QUESTION, str(place / "videos" / "text.mp4"))
+    (tmp_path / "empty" / archive.SETTINGS).write_text('{"checkpoint": "/gone"}')
+    with pytest.raises(ConfigError, match="/gone: no run there .*empty was made with it: give --checkpoint=FOLDER"):
+        Archive(tmp_path / "empty")
     (tmp_path / "empty" / archive.SETTINGS).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read .*; remove it and give --checkpoint"):
         Archive(tmp_path / "empty")

@@ -291,6 +291,8 @@ def _open(path):
 
 
 def _index(path, reader) -> dict:
+    if not reader.num_records():
+        raise StoreError(path, "damaged or cut short; remove it and index its videos again")
     try:
         index = json.loads(reader.read([reader.num_records() - 1])[0])
         version = index["version"]
