@@ -203,8 +203,8 @@ def own_encoder(folder) -> encoders.SmallEncoder | None:
         return None
     there, _ = opened(folder)
     params = there.parameters(there.config[there.retriever_stage].init)
-    queries = lambda texts: there.prompter.queries(texts, QUESTION)  # noqa: E731
-    return encoders.SmallEncoder(there.cfg, params, there.retriever, there.sampling.size, queries)
+    queries = functools.partial(there.prompter.queries, length=there.sizes.question)
+    return encoders.SmallEncoder(there.cfg, params, there.retriever, there.config.data.size, queries)
 
 
 def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
