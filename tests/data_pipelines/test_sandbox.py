@@ -144,6 +144,17 @@ def test_frames_are_those_of_this_process(tmp_path):
     there.frames[0] = 0  # an array like any other
 
 
+@pytest.mark.parametrize("name", ["av1_video.mkv", "dog.mp4", "newtonscradle.gif", "video_90.mov", "kryp-2.ts"])
+def test_real_frames_are_those_of_this_process_whatever_the_threads(test_data, name):
+    path, sampling = test_data / "videos" / name, {"fps": 4.0, "max_frames": 28, "resize": (56, 56)}
+    here = video.read_frames(path, **sampling)
+    with Pool(1) as pool:
+        for threads in (None, 3):
+            there = pool.read_frames(path, **sampling | ({"threads": threads} if threads else {}))
+            assert there.info == here.info and there.seconds.tobytes() == here.seconds.tobytes()
+            assert there.frames.tobytes() == here.frames.tobytes() and there.frames.shape == here.frames.shape
+
+
 def test_a_file_too_large_for_the_workers_memory(tmp_path):
     from test_video import encode
 
