@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from fake_decoders import OwnBudget
 
 from data_pipelines import sandbox, video
 from data_pipelines.patches import VideoBudget, smart_resize
@@ -95,7 +96,7 @@ def test_workers_load_no_accelerator_code():
         pool.decode("modules.mp4")
 
 
-@pytest.mark.parametrize("resize", [None, (28, 56), VideoBudget(max_pixels=9999), smart_resize])
+@pytest.mark.parametrize("resize", [None, (28, 56), VideoBudget(max_pixels=9999), OwnBudget(most=8), smart_resize])
 def test_sampling_arrives_as_it_was_given(resize):
     sampling = {"fps": None, "start": 0.5, "resize": resize, "limits": Limits(max_frames=7), "threads": 3}
     limits = Limits(max_frames=7, decode_seconds=5)
