@@ -15,6 +15,7 @@ from marc_jax.models import attention, cache, hopper, rope
 from marc_jax.models.cache import KV
 from marc_jax.models.hopper import attention as step
 from marc_jax.models.hopper import stream
+from marc_jax.models.layers import rms_norm
 
 SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side
 
@@ -98,7 +99,7 @@ def add_norm(x_md: jax.Array, y_mk: jax.Array, w: Matrix, scale_d: jax.Array, ep
     if _streams(x_md.dtype) and w.scale is None and n % 512 == 0 and stream.plan(len(y_mk), n, k):
         return stream.add_norm(x_md, stream.matmul(y_mk, w.values), scale_d, eps)
     x_md = x_md + project(y_mk, w).astype(x_md.dtype)
-    return x_md, _norm(x_md, scale_d, eps)
+    return x_md, rms_norm(x_md, scale_d, eps)
 
 
 def glu(x_mk: jax.Array, w: Matrix) -> jax.Array:
@@ -113,11 +114,6 @@ def glu(x_mk: jax.Array, w: Matrix) -> jax.Array:
 
 def _streams(dtype) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and hopper.available()
-
-
-def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * scale
 
 
 class Packed(nnx.Module):
@@ -205,7 +201,7 @@ class Packed(nnx.Module):
         c, dtype = self.cfg, self.runtime.dtype
         x, turn = x_md.astype(dtype), self._rotation(pos_3m, query_scale)
         layers, keys, values = self.tree["layers"], [], []
-        y = _norm(x, layers[0]["norm1"], c.rms_norm_eps)
+        y = rms_norm(x, layers[0]["norm1"], c.rms_norm_eps)
         for i, w in enumerate(layers):
             last = i + 1 == len(layers)
             norm = self.tree["norm"] if last else layers[i + 1]["norm1"]
