@@ -48,6 +48,7 @@ class Case:
       view: the prompt, of `tools.bench.model`; its batch is the number of questions.
       masters: dtype of the trained parameters and of their moments; activations are bfloat16.
       remat: of `qwen25_vl.bind`.
+      peer: the row of transformers it is compared with, if any.
       new: tokens per completion.
     """
 
@@ -56,7 +57,8 @@ class Case:
     goal: float
     view: shapes.Case
     masters: str = "bfloat16"
-    remat: bool | str = True
+    remat: bool | str = "attention"
+    peer: str = ""
     new: int = 256
 
     @property
@@ -67,8 +69,9 @@ class Case:
 SHORT = shapes.Case("", "", "", 0, **shapes.SHORT)
 LONG = shapes.Case("", "", "", 0, **shapes.LONG)
 CASES = (
-    Case("student", "student step, 8 x (243 + 256)", 120, SHORT),
-    Case("frames", "64-frame step, 8 x (2,714 + 256)", 300, LONG),
+    Case("student", "student step, 8 x (243 + 256)", 120, SHORT, peer="student"),
+    Case("student_kept", "student step, products kept", 120, SHORT, remat="products", peer="student"),
+    Case("frames", "64-frame step, 8 x (2,714 + 256)", 300, LONG, peer="frames"),
     Case("student_fp32", "student step, fp32 masters", 120, SHORT, "float32"),
     Case("frames_fp32", "64-frame step, fp32 masters", 300, LONG, "float32"),
 )
@@ -148,11 +151,15 @@ def peak_bytes() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def compile_case(cfg, case: Case, tx, attention: str):
-    """(compiled step, seconds)."""
+def compile_case(cfg, case: Case, tx, args):
+    """(compiled step, seconds); writes the compiled program where asked."""
     start = time.perf_counter()
     shape = jax.eval_shape(functools.partial(batch_of, cfg, case))
-    out = build(cfg, case, tx, attention).lower(abstract_state(cfg, tx, case.masters), shape).compile()
+    lowered = build(cfg, case, tx, args.attention).lower(abstract_state(cfg, tx, case.masters), shape)
+    out = lowered.compile(compiler_options=dict(pair.split("=") for pair in args.options.split(",") if pair) or None)
+    if args.hlo:
+        args.hlo.mkdir(parents=True, exist_ok=True)
+        (args.hlo / f"{case.key}.txt").write_text(out.as_text())
     return out, time.perf_counter() - start
 
 
@@ -199,9 +206,10 @@ def line(case: Case, row: dict, floor, peer: dict, args) -> str:
 
 def peers(args) -> dict[str, dict]:
     """Rows of transformers by case, measured in a process of its own."""
-    if not args.peer:
+    rows = {case.peer for case in CASES if case.peer and case.key in args.chosen}
+    if not args.peer or not rows:
         return {}
-    command = [sys.executable, "-m", "tools.bench.train_transformers", f"--size={args.size}", f"--rows={args.rows}"]
+    command = [sys.executable, "-m", "tools.bench.train_transformers", f"--size={args.size}", f"--rows={','.join(sorted(rows))}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         timer = threading.Timer(args.peer_seconds, process.kill)
         timer.start()
@@ -221,6 +229,8 @@ def parse(argv=None):
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="", help="of every row, in place of its own: one of layers.REMAT, or none")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list each row's N longest kernels")
+    parser.add_argument("--options", default="", help="compiler options of the update rows, name=value,name=value")
+    parser.add_argument("--hlo", type=pathlib.Path, help="folder for the compiled programs of the update rows")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tflops", type=float, default=790.0, help="measured bf16 rate of the chip")
     parser.add_argument("--tbps", type=float, default=4.3, help="measured memory bandwidth of the chip, TB/s")
@@ -244,7 +254,7 @@ def updates(cfg, args, beside: dict) -> dict[str, dict]:
     tx, table = optimizer(), {}
     remat = {"": None, "none": False}.get(args.remat, args.remat)
     cases = [c if remat is None else dataclasses.replace(c, remat=remat) for c in CASES if c.key in args.chosen]
-    programs = {case.key: attempt(case.title, compile_case, cfg, case, tx, args.attention) for case in cases}
+    programs = {case.key: attempt(case.title, compile_case, cfg, case, tx, args) for case in cases}
     print(HEADER, flush=True)
     for masters in ("bfloat16", "float32"):
         rows = [case for case in cases if case.masters == masters and programs[case.key]]
@@ -257,7 +267,7 @@ def updates(cfg, args, beside: dict) -> dict[str, dict]:
                 continue
             box, row = [out[0]], out[1] | {"compile_s": seconds}
             table[case.key] = row | dict(zip(("flops", "bytes", "tokens6"), cost(cfg, case), strict=True))
-            print(line(case, row, cost(cfg, case), beside.get(case.key, {}), args), flush=True)
+            print(line(case, row, cost(cfg, case), beside.get(case.peer, {}), args), flush=True)
         del box
     return table
 

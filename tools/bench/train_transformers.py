@@ -77,7 +77,7 @@ def main(argv=None) -> int:
     trained = [w for w in net.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.01, fused=True)
     for case in bench.CASES:
-        if case.masters != "bfloat16" or (args.rows and case.key not in args.rows.split(",")):
+        if case.peer != case.key or (args.rows and case.key not in args.rows.split(",")):
             continue
         try:
             row = out[case.key] = measure(net, optimizer, case, args.repeats, device)
