@@ -209,7 +209,8 @@ def peers(args) -> dict[str, dict]:
     rows = {case.peer for case in CASES if case.peer and case.key in args.chosen}
     if not args.peer or not rows:
         return {}
-    command = [sys.executable, "-m", "tools.bench.train_transformers", f"--size={args.size}", f"--rows={','.join(sorted(rows))}"]
+    command = [sys.executable, "-m", "tools.bench.train_transformers", f"--size={args.size}"]
+    command += [f"--rows={','.join(sorted(rows))}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         timer = threading.Timer(args.peer_seconds, process.kill)
         timer.start()
