@@ -72,8 +72,10 @@ def _stats(hidden, head_dv, targets, temperature, banned_ids, chunk):
     `hidden`: autodiff would multiply float32 by a float32 copy of the head, and scatter into zeros of their size.
     """
 
+    half = head_dv.astype(hidden.dtype)  # once, not once per chunk
+
     def one(hidden, targets):
-        z = logits(hidden, head_dv, temperature, banned_ids)
+        z = logits(hidden, half, temperature, banned_ids)
         top = z.max(axis=-1)
         p = jnp.exp(z - top[..., None])
         total = p.sum(axis=-1)

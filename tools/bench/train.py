@@ -156,7 +156,7 @@ def compile_case(cfg, case: Case, tx, args):
     start = time.perf_counter()
     shape = jax.eval_shape(functools.partial(batch_of, cfg, case))
     lowered = build(cfg, case, tx, args.attention).lower(abstract_state(cfg, tx, case.masters), shape)
-    out = lowered.compile(compiler_options=dict(pair.split("=") for pair in args.options.split(",") if pair) or None)
+    out = lowered.compile(compiler_options=json.loads(args.options))
     if args.hlo:
         args.hlo.mkdir(parents=True, exist_ok=True)
         (args.hlo / f"{case.key}.txt").write_text(out.as_text())
@@ -230,7 +230,7 @@ def parse(argv=None):
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="", help="of every row, in place of its own: one of layers.REMAT, or none")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list each row's N longest kernels")
-    parser.add_argument("--options", default="", help="compiler options of the update rows, name=value,name=value")
+    parser.add_argument("--options", default="null", help="compiler options of the update rows, as JSON")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder for the compiled programs of the update rows")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--tflops", type=float, default=790.0, help="measured bf16 rate of the chip")
