@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marc_jax import optim, state
 from marc_jax.models import qwen25_vl
-from marc_jax.rl import rollout
-from marc_jax.rl.types import Completions
+from marc_jax.rl import loss, rollout, step
+from marc_jax.rl.types import Completions, PromptBatch
 from tests.rl import tiny_model as tiny
 
 G, R = 3, 5
@@ -88,3 +89,31 @@ def test_the_cudnn_layout_gives_the_same(case, wanted, monkeypatch):
 def test_an_unknown_remat_policy_is_an_error(case):
     with pytest.raises(ValueError, match="remat='all': choose True, False or one of layer, attention, products"):
         shared(tiny.params(), case[1], case, remat="all")
+
+
+def test_the_update_lowers_for_a_gpu_without_scores(monkeypatch):
+    """Flash kernels for prompt and suffixes, forward once, and no [.., queries, keys] array of floats anywhere."""
+    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda _: False)
+    b, p, g, r = 2, 192, 4, 128
+    cfg = qwen25_vl.tiny(vocab_size=352, hidden_size=128, num_heads=2, num_kv_heads=1)
+    tx = optim.make(optim.Config(), 10)
+    trainable, frozen = optim.partition(qwen25_vl.abstract(cfg, jnp.bfloat16), ("text/.*",))
+    how = rollout.Sampling(r, (2,), 0)
+    run = step.make_grpo_step(
+        cfg, lambda model, visual, prompt: (visual, prompt), tx, how, loss.LossConfig(kl_coef=0.0),
+        dtype=jnp.bfloat16, attention="cudnn", remat="attention",
+    )
+    shape = lambda *size, d=jnp.int32: jax.ShapeDtypeStruct(size, d)  # noqa: E731
+    prompt = PromptBatch(shape(b, p), shape(b, p, d=bool), shape(3, b, p), shape(b, p), shape(b))
+    done = Completions(shape(b, g, r), shape(b, g, r, d=bool), shape(b, g, r, d=jnp.float32))
+    batch = step.GRPOBatch(prompt, shape(b, 96, 128, d=jnp.bfloat16), done, shape(b, g, d=jnp.float32))
+    traced = jax.jit(run).trace(state.abstract(tx, trainable, frozen), batch)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert {kind: text.count(f"@__cudnn$fmha{kind}(") for kind in ("Softmax", "ScaleBiasSoftmax")} == {
+        "Softmax": 1, "ScaleBiasSoftmax": 1,
+    }
+    assert text.count("SoftmaxBackward(") == 2
+    assert f"{r}x{p + r}xf32" not in text and f"{p}x{p}xf32" not in text
