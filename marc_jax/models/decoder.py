@@ -13,7 +13,7 @@ from flax import nnx
 
 from marc_jax.models import attention, cache, packed, rope
 from marc_jax.models.cache import KV
-from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, maybe_remat, stack_of
+from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, kept, maybe_remat, stack_of
 from marc_jax.models.packed import Packed, rows_at
 
 
@@ -71,8 +71,8 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, cos, sin, attend):
         """attend(q, k, v) -> [..., n, h]; returns the new activations and this layer's (k, v)."""
-        q, k, v = self.attn.qkv(self.norm1(x), cos, sin)
-        x = x + self.attn.out(attend(q, k, v))
+        q, k, v = (kept(a) for a in self.attn.qkv(self.norm1(x), cos, sin))
+        x = kept(x + self.attn.out(attend(q, k, v)))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +130,22 @@ def stack_of(module: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
     return functools.partial(nnx.merge, graphdef), nnx.to_pure_dict(state)
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what remat "attention" saves: without these arrays, as wide as the model, attention would be done again."""
+    return checkpoint_name(x, "attention")
+
+
 def _kernels(primitive, *_, **__) -> bool:
     """Saves what a flash attention kernel gave: its output and the log-sum-exp that its backward pass starts from."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
+both = jax.checkpoint_policies.save_from_both_policies
 # What the backward pass finds instead of computing it again, by name; a layer's input is always kept.
 REMAT = {
     "layer": None,
-    "attention": _kernels,
-    "products": jax.checkpoint_policies.save_from_both_policies(
-        _kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+    "attention": both(_kernels, jax.checkpoint_policies.save_only_these_names("attention")),
+    "products": both(_kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 

@@ -299,8 +299,8 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
       params: nested dict as `init` returns it, or packed for decoding (`pack`); cast to `dtype` where used.
       dtype: activation dtype.
       attention: "auto", "xla", "cudnn" or "splash".
-      remat: recompute each layer in the backward pass: True or "layer" from its input alone; "attention" keeps what
-        flash attention gave (a GPU's kernels), "products" also every matrix product (most of the memory of False).
+      remat: recompute each layer in the backward pass: True or "layer" from its input alone; "attention" keeps all
+        around attention (a GPU's flash kernels included), "products" every matrix product (near the memory of False).
     """
     runtime = Runtime(jnp.dtype(dtype), attention, remat)
     graphdef, _ = trees.skeleton(Qwen25VL, cfg, runtime)
