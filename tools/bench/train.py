@@ -48,6 +48,7 @@ class Case:
       view: the prompt, of `tools.bench.model`; its batch is the number of questions.
       masters: dtype of the trained parameters and of their moments; activations are bfloat16.
       remat: of `qwen25_vl.bind`.
+      chunk: positions of all completions whose logits exist at once.
       peer: the row of transformers it is compared with, if any.
       new: tokens per completion.
     """
@@ -58,6 +59,7 @@ class Case:
     view: shapes.Case
     masters: str = "bfloat16"
     remat: bool | str = "attention"
+    chunk: int = 128
     peer: str = ""
     new: int = 256
 
@@ -123,8 +125,8 @@ def _half(x):
 def build(cfg, case: Case, tx, attention: str, config: loss.LossConfig | None = None):
     """The jitted update, by default without a reference; the new state takes the old one's memory."""
     config = config or loss.LossConfig(kl_coef=0.0)
-    bind = dict(dtype=jnp.bfloat16, attention=attention, remat=case.remat)
-    return jax.jit(step.make_grpo_step(cfg, given, tx, sampling(cfg, case.new), config, **bind), donate_argnums=0)
+    how = dict(chunk=case.chunk, dtype=jnp.bfloat16, attention=attention, remat=case.remat)
+    return jax.jit(step.make_grpo_step(cfg, given, tx, sampling(cfg, case.new), config, **how), donate_argnums=0)
 
 
 def cost(cfg, case: Case) -> tuple[float, float, float]:

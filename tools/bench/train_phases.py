@@ -21,7 +21,8 @@ from tools.bench import model as shapes
 from tools.bench import profile, train
 
 QUESTIONS, GOAL = 4, 1500.0
-CASE = train.Case("whole", "whole C-GRPO step, 4 questions", GOAL, dataclasses.replace(train.SHORT, batch=QUESTIONS))
+PROMPTS = dataclasses.replace(train.SHORT, batch=QUESTIONS)
+CASE = train.Case("whole", "whole C-GRPO step, 4 questions", GOAL, PROMPTS, chunk=64)
 PATCHES, EVENT = 32, 4  # temporal patches of a video, of an event
 VIEW = views.View("all", "merge", keep=1)
 PHASES = ("vision", "compress", "rollout", "reward", "score", "update")
@@ -54,7 +55,7 @@ class Phases:
         self.vision = jax.jit(tower)
         self.compress = jax.jit(lambda p, x, prompt: encode(model(p), visual_of(x), prompt))
         self.sample = jax.jit(step.make_sampler(cfg, train.given, how, **bind))
-        self.score = jax.jit(step.make_scorer(cfg, train.given, how, **bind))
+        self.score = jax.jit(step.make_scorer(cfg, train.given, how, chunk=CASE.chunk, **bind))
         self.gains = jax.jit(lambda r, bonus: advantages.group_advantages(r, bonus, self.scale)[0])
         tx = train.optimizer()
         self.update = train.build(cfg, CASE, tx, args.attention, config)
