@@ -140,12 +140,12 @@ def _kernels(primitive, *_, **__) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
-both = jax.checkpoint_policies.save_from_both_policies
+_both = jax.checkpoint_policies.save_from_both_policies
 # What the backward pass finds instead of computing it again, by name; a layer's input is always kept.
 REMAT = {
     "layer": None,
-    "attention": both(_kernels, jax.checkpoint_policies.save_only_these_names("attention")),
-    "products": both(_kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "attention": _both(_kernels, jax.checkpoint_policies.save_only_these_names("attention")),
+    "products": _both(_kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 

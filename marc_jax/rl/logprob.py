@@ -71,7 +71,6 @@ def _stats(hidden, head_dv, targets, temperature, banned_ids, chunk):
     The backward pass computes a chunk's logits again and turns them into d logits in one sweep, rounded to the dtype of
     `hidden`: autodiff would multiply float32 by a float32 copy of the head, and scatter into zeros of their size.
     """
-
     half = head_dv.astype(hidden.dtype)  # once, not once per chunk
 
     def one(hidden, targets):
