@@ -141,7 +141,7 @@ def test_top_k_by_maxima_of_groups_is_top_k(seed, sizes):
     score = rng.integers(0, 6, (3, size)).astype(np.float32)  # ties everywhere
     score[rng.random((3, size)) < 0.3] = -np.inf
     score[2, : size - 2] = -np.inf  # fewer than k
-    best, ids = retrieve._top_k(jnp.asarray(score), k)
+    best, ids = retrieve._top_k(jnp.asarray(score).T, k)
     for q in range(3):
         assert np.asarray(ids[q])[np.asarray(best[q]) > -np.inf].tolist() == best_of(score[q], k)
 
