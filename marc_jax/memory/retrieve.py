@@ -151,7 +151,7 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     mask_n = jnp.ones(n, bool) if mask_n is None else jnp.asarray(mask_n)
     owner_n = jnp.zeros(n, jnp.int32) if owner_n is None else jnp.asarray(owner_n)
     owner_q = jnp.full(num, -1, jnp.int32) if owner_q is None else jnp.asarray(owner_q)
-    wide = k + max(MARGIN, k // 4)
+    wide = k + max(MARGIN, k // 4) * (3 if _half(query_qd, emb_nd) else 1)
     rows = (emb_nd, mask_n, owner_n)
     if n <= 2 * FOLD * wide:  # so few that all are nominated
         ids_c = jnp.pad(jnp.arange(n, dtype=jnp.int32), (0, max(k - n, 0)), constant_values=-1)
@@ -167,26 +167,31 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     slack = 4 * d * 2.0**-24
     sure_q = (rest_q + slack < score_qk[:, -1]) | (rest_q == -jnp.inf)
 
-    def answer(args):
-        query_d, owner, sure, score_k, ids_k = args
+    def anew(found):
+        sure_q, score_qk, ids_qk = found
+        q = jnp.argmin(sure_q)
+        one = (query_qd[q][None], owner_q[q][None], rows)
+        score_k, ids_k = _score_again(*one, _best_rows(*one, wide, block or ANEW, _ordered, _top_k), k)
+        return sure_q.at[q].set(True), score_qk.at[q].set(score_k[0]), ids_qk.at[q].set(ids_k[0])
 
-        def anew():
-            one = (query_d[None], owner[None], rows)
-            each = lambda query_qd, emb_md: _ordered_sum(query_qd, emb_md)[:, None]  # noqa: E731
-            score_qk, ids_qk = _score_again(*one, _best_rows(*one, wide, block or ANEW, each, _top_k), k)
-            return score_qk[0], ids_qk[0]
-
-        return lax.cond(sure, lambda: (score_k, ids_k), anew)
-
-    return lax.cond(
-        jnp.all(sure_q),
-        lambda: (score_qk, ids_qk),
-        lambda: lax.map(answer, (query_qd, owner_q, sure_q, score_qk, ids_qk)),
-    )
+    return lax.while_loop(lambda found: ~jnp.all(found[0]), anew, (sure_q, score_qk, ids_qk))[1:]
 
 
-def _product(query_qd, emb_md):
-    return jnp.einsum("md,qd->mq", emb_md, query_qd, precision="highest", preferred_element_type=jnp.float32)
+def _product(query_qd, emb_nd, start, size, dtype=jnp.float32):
+    """Scores [size, Q] of the rows from `start` on."""
+    emb_md = lax.dynamic_slice_in_dim(emb_nd, start, size)
+    return jnp.einsum("md,qd->mq", emb_md, query_qd, precision="highest", preferred_element_type=dtype)
+
+
+def _reduction(query_qd, emb_nd, start, size):
+    """[size, 1] of one question: on a GPU it reads at full speed, where a product with one column may not."""
+    emb_md = lax.dynamic_slice_in_dim(emb_nd, start, size).astype(jnp.float32)
+    return jnp.sum(emb_md * query_qd.astype(jnp.float32), axis=1, keepdims=True)
+
+
+def _ordered(query_qd, emb_nd, start, size):
+    """[size, 1] of one question, rounded alike for equal rows."""
+    return _ordered_sum(query_qd, lax.dynamic_slice_in_dim(emb_nd, start, size))[:, None]
 
 
 def _ordered_sum(query_d, emb_d):
@@ -204,7 +209,7 @@ def _ordered_sum(query_d, emb_d):
 
 
 def _lane_sum(query_qd, emb_nd, start, size):
-    """Scores [size, 1] of one question in the order in which memory reads fastest on a CPU.
+    """[size, 1] of one question in the order in which memory reads fastest on a CPU.
 
     XLA's matrix-vector product walks eight rows at a time, too short a stretch of each for the prefetcher. Here LANES
     neighbours of one row are added to LANES sums, row after row: one stream, as fast as memory gives it.
@@ -232,7 +237,7 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
     """
     num, (n, d) = query_qd.shape[0], rows[0].shape
 
-    def tiled(score, size):
+    def tiled(score, size, dtype=jnp.float32):
         # All tiles of one size, a multiple of FOLD; the last one starts earlier, so that it ends with the rows.
         tiles = max(-(-n // max(block or size, FOLD)), 2 if n % FOLD else 1)
         tile = -(-n // (tiles * FOLD)) * FOLD
@@ -240,34 +245,37 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
 
         def visit(i, best_gq):
             start = jnp.minimum(i * tile, n - tile)
-            emb, mask_m, owner_m = rows[0], *(lax.dynamic_slice_in_dim(x, start, tile) for x in rows[1:])
-            score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, emb, start, tile), -jnp.inf)
+            mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, tile) for x in rows[1:])
+            score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, rows[0], start, tile), -jnp.inf)
             best_sq = functools.reduce(jnp.maximum, (score_mq[j * step : (j + 1) * step] for j in range(FOLD)))
             return lax.dynamic_update_slice(best_gq, best_sq, (i * step, 0))
 
         tiles = -(-n // tile)
-        best_gq = lax.fori_loop(0, tiles, visit, jnp.zeros((tiles * step, num), jnp.float32))
+        best_gq = lax.fori_loop(0, tiles, visit, jnp.zeros((tiles * step, num), dtype))
         near_qc, group_qc = _top_k(best_gq, wide)
         first_qc = group_qc // step * tile
         at_qc = jnp.minimum(first_qc, n - tile) + group_qc % step
         ids_qcj = at_qc[:, :, None] + step * jnp.arange(FOLD)
         ids_qcj = jnp.where(ids_qcj >= first_qc[:, :, None], ids_qcj, -1)
-        return ids_qcj.reshape(num, wide * FOLD).astype(jnp.int32), near_qc[:, -1]
+        rest_q = near_qc[:, -1].astype(jnp.float32)
+        if dtype == jnp.bfloat16:  # what was rounded to rest_q may have been that much more
+            rest_q = jnp.where(rest_q > -jnp.inf, rest_q + jnp.abs(rest_q) * 2.0**-8, rest_q)
+        return ids_qcj.reshape(num, wide * FOLD).astype(jnp.int32), rest_q
 
-    def product(query_qd, emb_nd, start, size):
-        return _product(query_qd, lax.dynamic_slice_in_dim(emb_nd, start, size))
-
-    def reduction(query_qd, emb_nd, start, size):  # reads at full speed where a matrix product of one column may not
-        emb_md = lax.dynamic_slice_in_dim(emb_nd, start, size).astype(jnp.float32)
-        return jnp.sum(emb_md * query_qd.astype(jnp.float32), axis=1, keepdims=True)
-
+    # On a GPU scores leave the chip and come back: half the bytes if the product is one of halves anyway.
+    kept = jnp.bfloat16 if _half(query_qd, rows[0]) else jnp.float32
     one, some = num == 1, SCORES // max(num, 1)
     in_cache = TILE_BYTES // max(d * rows[0].dtype.itemsize, 4 * num)
+    gpu = (_reduction, some) if one else (functools.partial(_product, dtype=kept), some, kept)
     return lax.platform_dependent(
-        cpu=lambda: tiled(_lane_sum if one and d >= LANES else product, in_cache),
-        cuda=lambda: tiled(reduction if one else product, some),
-        default=lambda: tiled(product, some),
+        cpu=lambda: tiled(_lane_sum if one and d >= LANES else _product, in_cache),
+        cuda=lambda: tiled(*gpu),
+        default=lambda: tiled(_product, some),
     )
+
+
+def _half(query_qd, emb_nd):
+    return query_qd.dtype == emb_nd.dtype == jnp.bfloat16
 
 
 def _best_rows(query_qd, owner_q, rows, wide, size, score, pick):
@@ -278,9 +286,9 @@ def _best_rows(query_qd, owner_q, rows, wide, size, score, pick):
     def visit(i, best):
         first = i * size
         start = jnp.minimum(first, n - size)  # the last block overlaps the one before it: one shape for all
-        emb_md, mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, size) for x in rows)
+        mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, size) for x in rows[1:])
         mask_m &= start + jnp.arange(size) >= first
-        score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, emb_md), -jnp.inf)
+        score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, rows[0], start, size), -jnp.inf)
         score_qc, at_qc = pick(score_mq if pick is _top_k else score_mq.T, min(wide, size))
         ids_qc = jnp.concatenate([best[1], start + at_qc], axis=1)
         score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qc], axis=1), wide)
