@@ -134,8 +134,8 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
         in bfloat16 (with float32 sums) only if both are bfloat16: rounding the questions alone would lose exactness.
       k: events per question.
       mask_n: optional bool [N]; False rows are never returned.
-      owner_n, owner_q: optional int32 [N] and [Q]; a question is answered only from rows with its owner (a video or
-        a camera), from all rows if its owner is negative.
+      owner_n, owner_q: optional int32 [N] and [Q], together; a question is answered only from rows with its owner (a
+        video or a camera), from all rows if its owner is negative.
       block: rows scored at a time; default, as many as keep block x Q at SCORES (on a CPU, in the cache).
       approx: nominate by `lax.approx_max_k` in place of the maxima, and do not check the nominees. Each of the true
         nominees is found with probability 0.95 or better on TPU (2206.14286), where it is faster; elsewhere XLA
@@ -148,9 +148,9 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     num, (n, d) = query_qd.shape[0], emb_nd.shape
     if n == 0:
         return jnp.full((num, k), -jnp.inf, jnp.float32), jnp.full((num, k), -1, jnp.int32)
-    mask_n = jnp.ones(n, bool) if mask_n is None else jnp.asarray(mask_n)
-    owner_n = jnp.zeros(n, jnp.int32) if owner_n is None else jnp.asarray(owner_n)
-    owner_q = jnp.full(num, -1, jnp.int32) if owner_q is None else jnp.asarray(owner_q)
+    mask_n, owner_n, owner_q = jax.tree.map(jnp.asarray, (mask_n, owner_n, owner_q))
+    if owner_n is None or owner_q is None:  # nothing to compare; comparing costs, with many questions
+        owner_n = owner_q = None
     wide = k + max(MARGIN, k // 4) * (3 if _half(query_qd, emb_nd) else 1)
     rows = (emb_nd, mask_n, owner_n)
     if n <= 2 * FOLD * wide:  # so few that all are nominated
@@ -170,11 +170,14 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     def anew(found):
         sure_q, score_qk, ids_qk = found
         q = jnp.argmin(sure_q)
-        one = (query_qd[q][None], owner_q[q][None], rows)
+        one = (query_qd[q][None], None if owner_q is None else owner_q[q][None], rows)
         score_k, ids_k = _score_again(*one, _best_rows(*one, wide, block or ANEW, _ordered, _top_k), k)
         return sure_q.at[q].set(True), score_qk.at[q].set(score_k[0]), ids_qk.at[q].set(ids_k[0])
 
-    return lax.while_loop(lambda found: ~jnp.all(found[0]), anew, (sure_q, score_qk, ids_qk))[1:]
+    found = (sure_q, score_qk, ids_qk)
+    # Not only an early exit: XLA moves work that does not depend on q out of the loop, but not out of the condition.
+    again = functools.partial(lax.while_loop, lambda found: ~jnp.all(found[0]), anew)
+    return lax.cond(jnp.all(sure_q), lambda found: found, again, found)[1:]
 
 
 def _product(query_qd, emb_nd, start, size, dtype=jnp.float32):
@@ -225,9 +228,13 @@ def _lane_sum(query_qd, emb_nd, start, size):
     return score_m1
 
 
-def _open(owner_q, mask_m, owner_m):
-    """Which rows may answer which question, bool [M, Q]."""
-    return mask_m[:, None] & ((owner_q < 0) | (owner_q == owner_m[:, None]))
+def _only(score_mq, owner_q, mask_m, owner_m):
+    """Scores [M, Q], -inf where a row may not answer a question. Whatever is None does not matter."""
+    if mask_m is not None:
+        score_mq = jnp.where(mask_m[:, None], score_mq, -jnp.inf)
+    if owner_m is not None:
+        score_mq = jnp.where((owner_q < 0) | (owner_q == owner_m[:, None]), score_mq, -jnp.inf)
+    return score_mq
 
 
 def _behind_maxima(query_qd, owner_q, rows, wide, block):
@@ -245,8 +252,8 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
 
         def visit(i, best_gq):
             start = jnp.minimum(i * tile, n - tile)
-            mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, tile) for x in rows[1:])
-            score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, rows[0], start, tile), -jnp.inf)
+            only = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, tile), rows[1:])
+            score_mq = _only(score(query_qd, rows[0], start, tile), owner_q, *only)
             best_sq = functools.reduce(jnp.maximum, (score_mq[j * step : (j + 1) * step] for j in range(FOLD)))
             return lax.dynamic_update_slice(best_gq, best_sq, (i * step, 0))
 
@@ -286,9 +293,9 @@ def _best_rows(query_qd, owner_q, rows, wide, size, score, pick):
     def visit(i, best):
         first = i * size
         start = jnp.minimum(first, n - size)  # the last block overlaps the one before it: one shape for all
-        mask_m, owner_m = (lax.dynamic_slice_in_dim(x, start, size) for x in rows[1:])
-        mask_m &= start + jnp.arange(size) >= first
-        score_mq = jnp.where(_open(owner_q, mask_m, owner_m), score(query_qd, rows[0], start, size), -jnp.inf)
+        only = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), rows[1:])
+        score_mq = _only(score(query_qd, rows[0], start, size), owner_q, *only)
+        score_mq = _only(score_mq, None, start + jnp.arange(size) >= first, None)
         score_qc, at_qc = pick(score_mq if pick is _top_k else score_mq.T, min(wide, size))
         ids_qc = jnp.concatenate([best[1], start + at_qc], axis=1)
         score_qc, at_qc = lax.top_k(jnp.concatenate([best[0], score_qc], axis=1), wide)
@@ -318,9 +325,13 @@ def _top_k(score_mq, k):
 
 def _score_again(query_qd, owner_q, rows, ids_qc, k):
     """The best k of the rows `ids_qc` (-1: none), each scored by the same sum in the same order."""
-    emb_qcd, mask_qc, owner_qc = (x[jnp.maximum(ids_qc, 0)] for x in rows)
+    emb_qcd, mask_qc, owner_qc = jax.tree.map(lambda x: x[jnp.maximum(ids_qc, 0)], rows)
     score_qc = _ordered_sum(query_qd[:, None, :], emb_qcd)
-    open_qc = (ids_qc >= 0) & mask_qc & ((owner_q[:, None] < 0) | (owner_q[:, None] == owner_qc))
+    open_qc = ids_qc >= 0
+    if mask_qc is not None:
+        open_qc &= mask_qc
+    if owner_qc is not None:
+        open_qc &= (owner_q[:, None] < 0) | (owner_q[:, None] == owner_qc)
     return rank(jnp.where(open_qc, score_qc, -jnp.inf), ids_qc, k)
 
 
@@ -340,9 +351,6 @@ def search_sharded(mesh, axis, query_qd, emb_nd, k, *, mask_n=None, owner_n=None
     n, shards = emb_nd.shape[0], mesh.shape[axis]
     if n % shards:
         raise ValueError(f"{n} rows do not divide over {shards} shards of mesh axis {axis!r}: pad with mask_n")
-    mask_n = jnp.ones(n, bool) if mask_n is None else mask_n
-    owner_n = jnp.zeros(n, jnp.int32) if owner_n is None else owner_n
-    owner_q = jnp.full(query_qd.shape[0], -1, jnp.int32) if owner_q is None else owner_q
 
     def local(query_qd, emb_nd, mask_n, owner_n, owner_q):
         score_qk, ids_qk = search(query_qd, emb_nd, k, mask_n=mask_n, owner_n=owner_n, owner_q=owner_q, **options)
