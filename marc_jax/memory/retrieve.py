@@ -20,6 +20,7 @@ TILE_BYTES = 2 << 20  # rows that are multiplied at a time on a CPU
 ANEW = 1 << 16  # rows at a time when a question is answered anew
 FOLD = 8  # rows of which only the best score is kept until the best are scored again
 STRIDE = 64  # numbers of a row that are added to as many partial sums at a time, in the order that decides
+EVEN = 1024  # large tiles are multiples of it: whole tiles of a matrix unit
 LANES = 8  # partial sums of a row's product on a CPU: one AVX register
 GROUP = 64  # scores of which only the maximum is looked at first
 
@@ -151,7 +152,7 @@ def search(query_qd, emb_nd, k, *, mask_n=None, owner_n=None, owner_q=None, bloc
     mask_n, owner_n, owner_q = jax.tree.map(jnp.asarray, (mask_n, owner_n, owner_q))
     if owner_n is None or owner_q is None:  # nothing to compare; comparing costs, with many questions
         owner_n = owner_q = None
-    wide = k + max(MARGIN, k // 4) * (3 if _half(query_qd, emb_nd) else 1)
+    wide = k + max(MARGIN, k // 4) * (2 if _half(query_qd, emb_nd) else 1)
     rows = (emb_nd, mask_n, owner_n)
     if n <= 2 * FOLD * wide:  # so few that all are nominated
         ids_c = jnp.pad(jnp.arange(n, dtype=jnp.int32), (0, max(k - n, 0)), constant_values=-1)
@@ -248,6 +249,8 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
         # All tiles of one size, a multiple of FOLD; the last one starts earlier, so that it ends with the rows.
         tiles = max(-(-n // max(block or size, FOLD)), 2 if n % FOLD else 1)
         tile = -(-n // (tiles * FOLD)) * FOLD
+        if tiles > 1 and tile >= 4 * EVEN:
+            tile = min(-(-tile // EVEN) * EVEN, n // FOLD * FOLD)
         step = tile // FOLD
 
         def visit(i, best_gq):
