@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 def get_config(size="3b"):
     c = ConfigDict()
     c.title = f"MARC, Qwen2.5-VL-{size.upper()}"
-    c.model = {"size": size, "dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": True}
+    c.model = {"size": size, "dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "layer"}
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     c.max_new_tokens = 768
     c.log_every, c.save_every = 5, 100

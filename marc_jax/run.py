@@ -74,7 +74,7 @@ class Run:
     def binding(self) -> dict:
         """How the model is computed: dtype, attention and remat of `qwen25_vl.bind`."""
         model = self.config.model
-        return {"dtype": jnp.dtype(model.dtype), "attention": model.attention, "remat": model.remat}
+        return {"dtype": jnp.dtype(model.dtype), "attention": model.attention, "remat": model.remat or False}
 
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)

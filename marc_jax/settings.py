@@ -18,6 +18,7 @@ WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
+REMAT = ("", "layer", "attention")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
@@ -38,7 +39,7 @@ def base() -> ConfigDict:
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
-    `frozen_dtype`, activations in `dtype`, layers recomputed with `remat`.
+    `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
     return ConfigDict({
         "title": "MARC",
@@ -58,7 +59,7 @@ def base() -> ConfigDict:
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
         },
         "model": {
-            "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": False,
+            "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
             "vision": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128},
             "text": {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128},
         },
@@ -210,6 +211,8 @@ def _file_problems(config) -> list[str]:
     for key in ("dtype", "frozen_dtype"):
         if config.model[key] not in DTYPES:
             wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(DTYPES)}")
+    if config.model.remat not in REMAT:
+        wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
     for name in config.views:
         if config.views[name].method == "pooled" or config.views[name].tokens is not None:
             wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
