@@ -7,8 +7,10 @@ read straight onto the shardings and dtypes asked for.
 import pathlib
 from dataclasses import asdict
 
+import jax
+
 from marc_jax import checkpoint, optim
-from marc_jax.models import qwen25_vl, weights
+from marc_jax.models import lora, qwen25_vl, weights
 from marc_jax.models.qwen25_vl import Config
 from marc_jax.models.safetensors_io import WeightsError, pickles
 from marc_jax.paths import flatten
@@ -81,6 +83,8 @@ def load(source, cfg: Config, abstract: dict) -> dict:
 def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
     """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again.
 
+    Adapters that the stage trained are merged into the kernels they belong to.
+
     Args:
       abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
     """
@@ -93,8 +97,25 @@ def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
     trained = set(checkpoint.read_meta(folder, step).get("trainable", ()))
     parts = {"params": {k: v for k, v in flat.items() if k in trained}}
     parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
+    for path, x in checkpoint.shapes(folder, step).items():
+        part, _, rest = path.partition("/")
+        if part in parts and rest.rpartition("/")[2] in lora.LEAVES:
+            parts[part][rest] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(flat))
     tree, _ = checkpoint.restore(folder, parts, step, verify=verify, partial=True, cast=True)
-    return optim.join(tree["params"], tree["frozen"])
+    params = optim.join(tree["params"], tree["frozen"])
+    plain, adapters = lora.split(params)
+    if not adapters:
+        return plain
+    del params, tree
+    places = None if _everywhere(flat) is None else jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lora.merged, donate_argnums=0, out_shardings=places)(plain, adapters)
+
+
+def _everywhere(abstract: dict):
+    """The sharding of what every device of the abstract arrays' mesh holds; None where they have no mesh."""
+    sharding = next(iter(abstract.values())).sharding
+    spec = jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(sharding.mesh, spec) if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def check_tokenizer(cfg: Config, source) -> None:

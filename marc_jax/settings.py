@@ -81,9 +81,12 @@ def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
     `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+    `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
+    `trainable`, and beside them, whole, the parameters that `lora.whole` match.
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
+    trained["lora"] = {"rank": 0, "alpha": 32.0, "patterns": ("text/layers/.*/kernel",), "whole": ("",)}
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
     c = ConfigDict(common | {
         "sft": trained | {"questions": 1, "blind": 0.0},
@@ -108,6 +111,11 @@ def arm() -> ConfigDict:
 def claim() -> ConfigDict:
     """`arm` (minus the arm `minus`) should be at least / at most so many points; headline accuracy in percent."""
     return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
+
+
+def trainable(c) -> tuple[str, ...]:
+    """Patterns of the parameters that a stage trains whole."""
+    return tuple(filter(None, c.lora.whole if c.lora.rank else c.trainable))
 
 
 def on_files(config) -> bool:
@@ -264,6 +272,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
+    if c.lora.rank < 0 or c.lora.alpha <= 0:
+        wrong.append(f"{name}.lora: rank must not be negative and alpha must be positive")
     if c.kind in ("distill", "cgrpo"):
         known("teacher")
         if c.teacher_view not in config.views:

@@ -20,6 +20,7 @@ from marc_jax import optim, settings, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
+from marc_jax.models import lora
 from marc_jax.rl import advantages, answers, parity, rewards, rollout, step
 from marc_jax.rl.teacher import TeacherCache, weights_hash
 from marc_jax.rl.types import Completions
@@ -43,8 +44,12 @@ def build(run: Run, name: str):
 
 def _start(run: Run, name: str, stage):
     """(nested parameters, fresh state, optax chain) of a stage that trains (part of) the model."""
-    params = run.parameters(stage.init, tuple(stage.trainable))
-    trainable, frozen = optim.partition(params, tuple(stage.trainable))
+    whole = settings.trainable(stage)
+    params = run.parameters(stage.init, whole)
+    trainable, frozen = optim.partition(params, whole)
+    if stage.lora.rank:
+        adapters, scales = run.adapters(name, stage.lora)
+        trainable, frozen = trainable | adapters, frozen | scales
     if stage.visual == "features" and any(k.startswith("vision/") and "merger" not in k for k in trainable):
         raise ConfigError(f"config.{name}: visual='features' caches a frozen tower, but trainable includes the tower")
     tx = optim.make(stage.optimizer, stage.steps)
@@ -146,10 +151,19 @@ def retriever(run: Run, name: str, stage):
     return first, draw, lambda now, batch: advance(now, bank, *batch), tuple(first.params)
 
 
-def _two_views(run: Run, stage):
-    """Student and teacher: parameters, view, bank and encode of each."""
-    teacher = run.parameters(stage.teacher)
-    return teacher, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
+def _two_views(run: Run, stage, params: dict):
+    """(the teacher's parameters, whether the state holds them too, student's view, teacher's view, teacher's bank).
+
+    Where adapters alone train, the frozen weights beneath them are a teacher that starts where the student does.
+    """
+    within = bool(stage.lora.rank) and not settings.trainable(stage) and stage.teacher == stage.init
+    teacher = params if within else run.parameters(stage.teacher)
+    return teacher, within, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
+
+
+def _teaching(now: state.TrainState, teacher: dict | None) -> dict:
+    """The teacher's parameters; None: those beneath the student's adapters."""
+    return lora.base(now.model) if teacher is None else teacher
 
 
 def _prompt_pair(run, name, number, view, full):
@@ -165,7 +179,7 @@ def _prompt_pair(run, name, number, view, full):
 def distill(run: Run, name: str, stage):
     """Sample from the student, judge along its tokens by the teacher, update; one compiled step."""
     params, first, tx = _start(run, name, stage)
-    teacher, view, full, teacher_bank = _two_views(run, stage)
+    teacher, within, view, full, teacher_bank = _two_views(run, stage, params)
     most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
     encode, encode_full = _encode(run, view), _encode(run, full)
     sample = step.make_sampler(run.cfg, encode, how, **run.binding)
@@ -180,9 +194,9 @@ def distill(run: Run, name: str, stage):
         keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
         done = sample(jax.lax.stop_gradient(now.model), prompt, visual, keys)
         batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
-        return update(now, batch, teacher)
+        return update(now, batch, _teaching(now, teacher))
 
-    advance = _jit(advance, first)
+    advance, teacher = _jit(advance, first), None if within else teacher
 
     def learn(now, batch):
         _, (own, index, *others) = batch
@@ -195,7 +209,7 @@ def distill(run: Run, name: str, stage):
 def cgrpo(run: Run, name: str, stage):
     """Rollouts on the device, rewards on the host (text in, floats out), advantages and update on the device."""
     params, first, tx = _start(run, name, stage)
-    teacher, view, full, teacher_bank = _two_views(run, stage)
+    teacher, within, view, full, teacher_bank = _two_views(run, stage, params)
     most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
     encode, encode_full = _encode(run, view), _encode(run, full)
     sample, sample_full = (step.make_sampler(run.cfg, e, how, **run.binding) for e in (encode, encode_full))
@@ -216,14 +230,15 @@ def cgrpo(run: Run, name: str, stage):
         visual = views.select(full, index, embedded(full, retriever, queries), bank, most, now.step_key)
         # Where the answers are kept on disk they may depend on nothing but the question.
         key, number = (jax.random.fold_in(now.key, 1), now.step) if known is None else (run.config.seed, 0)
-        return sample_full(teacher, prompt, visual, rollout.rollout_keys(key, number, ids_b, stage.teacher_group))
+        keys = rollout.rollout_keys(key, number, ids_b, stage.teacher_group)
+        return sample_full(_teaching(now, teacher), prompt, visual, keys)
 
     def improve(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
         gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
-        now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), teacher)
+        now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), _teaching(now, teacher))
         return now, values | more
 
-    improve = _jit(improve, first)
+    improve, teacher = _jit(improve, first), None if within else teacher
 
     def learn(now, batch):
         asked, (own, index, queries, prompt, full_prompt, ids_b) = batch

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from marc_jax import optim, settings, sharding, state
 from marc_jax.memory import view as views
 from marc_jax.memory.view import View, Visual
-from marc_jax.models import qwen25_vl
+from marc_jax.models import lora, qwen25_vl
 from marc_jax.rl import rollout, step
 from marc_jax.rl.loss import LossConfig
 from marc_jax.rl.parity import parity
@@ -41,11 +41,15 @@ class Shapes:
     def params(self, dtype):
         return qwen25_vl.abstract(self.cfg, dtype, self.mesh)
 
-    def state(self, tx, trainable, frozen_dtype):
-        """Trained parameters and moments in float32, the frozen rest in `frozen_dtype`."""
+    def state(self, tx, trainable, frozen_dtype, adapters=(), scales=()):
+        """Trained parameters and moments in float32, the frozen rest in `frozen_dtype`; adapters beside them."""
         trained, frozen = optim.partition(self.params(jnp.float32), trainable)
         frozen = {k: jax.ShapeDtypeStruct(x.shape, frozen_dtype, sharding=x.sharding) for k, x in frozen.items()}
-        return state.abstract(tx, trained, frozen, mesh=self.mesh)
+        return state.abstract(tx, trained | dict(adapters), frozen | dict(scales), mesh=self.mesh)
+
+    def adapters(self, how):
+        """(what trains, scales) of a stage's `lora` settings."""
+        return lora.abstract(qwen25_vl.describe(self.cfg), how.rank, tuple(how.patterns), self.mesh)
 
     def prompt(self, b, p) -> PromptBatch:
         rows = self.rows
@@ -220,7 +224,8 @@ class Case:
         self.bind = here.binding | {"attention": attention}
         self.frozen = jnp.dtype(here.config.model.frozen_dtype)
         self.tx = optim.make(stage.optimizer, stage.steps)
-        self.state = shapes.state(self.tx, tuple(stage.trainable), self.frozen)
+        adapters = shapes.adapters(stage.lora) if stage.lora.rank else ({}, {})
+        self.state = shapes.state(self.tx, settings.trainable(stage), self.frozen, *adapters)
         self.how = None
         if stage.kind != "sft":
             how = here.decoding(stage.temperature) if here.tokenizer else _sampling(here.cfg)
