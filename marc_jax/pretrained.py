@@ -83,7 +83,8 @@ def load(source, cfg: Config, abstract: dict) -> dict:
 def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
     """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again.
 
-    Adapters that the stage trained are merged into the kernels they belong to.
+    Adapters that the stage trained are merged into the kernels they belong to. Where it kept an average of what it
+    trained (`optim.averaged`), that is taken.
 
     Args:
       abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
@@ -95,18 +96,20 @@ def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
         raise checkpoint.CheckpointError(f"no usable checkpoint in {folder}")
     flat = optim.flatten(abstract)
     trained = set(checkpoint.read_meta(folder, step).get("trainable", ()))
-    parts = {"params": {k: v for k, v in flat.items() if k in trained}}
-    parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
+    place = {}  # of each parameter in the checkpoint
     for path, x in checkpoint.shapes(folder, step).items():
         part, _, rest = path.partition("/")
-        if part in parts and rest.rpartition("/")[2] in lora.LEAVES:
-            parts[part][rest] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(flat))
-    tree, _ = checkpoint.restore(folder, parts, step, verify=verify, partial=True, cast=True)
-    params = optim.join(tree["params"], tree["frozen"])
-    plain, adapters = lora.split(params)
+        if part in ("params", "frozen") and rest.rpartition("/")[2] in lora.LEAVES:
+            flat[rest] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(flat))
+        if part == "opt_state" and "/average/" in path:
+            place[path.partition("/average/")[2]] = path
+    place = {path: place.get(path, f"{'params' if path in trained else 'frozen'}/{path}") for path in flat}
+    wanted = {place[path]: x for path, x in flat.items()}
+    tree, _ = checkpoint.restore(folder, wanted, step, verify=verify, partial=True, cast=True)
+    plain, adapters = lora.split({path: tree[place[path]] for path in flat})
     if not adapters:
         return plain
-    del params, tree
+    del tree
     places = None if _everywhere(flat) is None else jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lora.merged, donate_argnums=0, out_shardings=places)(plain, adapters)
 

@@ -19,6 +19,8 @@ KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("", "layer", "attention")
+SCALE = ("", "group", "batch", "none")
+WEIGHT = ("", "lost")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
@@ -73,7 +75,7 @@ def base() -> ConfigDict:
 def optimizer() -> ConfigDict:
     return ConfigDict({
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50, "end_factor": 0.05, "b1": 0.9, "b2": 0.98,
-        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "ema": 0.0,
     })  # fmt: skip
 
 
@@ -83,6 +85,11 @@ def stage(kind: str) -> ConfigDict:
     `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
     `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
     `trainable`, and beside them, whole, the parameters that `lora.whole` match.
+
+    Of cgrpo: `iterations` updates on the same rollouts; advantages divided as `scale` says ("": as `parity`), times
+    1 - eta of their question where `weight` is "lost", with `credit` x (teacher's - student's log-probability) added to
+    each token's. Up to `refill` further batches are drawn to replace dead groups; `skip_dead` leaves out those that
+    remain, their KL term included.
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
@@ -92,7 +99,10 @@ def stage(kind: str) -> ConfigDict:
         "sft": trained | {"questions": 1, "blind": 0.0},
         "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged,
-        "cgrpo": trained | judged | {"alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2},
+        "cgrpo": trained | judged | {
+            "alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2, "iterations": 1,
+            "scale": "", "weight": "", "credit": 0.0, "refill": 0, "skip_dead": False,
+        },
     }[kind])  # fmt: skip
     c.optimizer = optimizer()
     return c
@@ -262,9 +272,13 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"{name}.events = {tuple(c.events)} goes beyond data.events = {tuple(config.data.events)}")
     if c.visual not in VISUAL:
         wrong.append(f"{name}.visual = {c.visual!r}: choose one of {', '.join(VISUAL)}")
+    if not 0 <= c.optimizer.ema < 1:
+        wrong.append(f"{name}.optimizer.ema = {c.optimizer.ema} must lie in [0, 1)")
     if c.kind == "retriever":
         if c.in_batch < 0:
             wrong.append(f"{name}.in_batch = {c.in_batch} must not be negative")
+        if c.optimizer.ema:
+            wrong.append(f"{name}.optimizer.ema: a retriever hands on its last step; no average is kept")
         return wrong
     if c.view not in config.views:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
@@ -287,6 +301,21 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
             wrong.append(f"{name}.parity = {c.parity!r}: choose one of {', '.join(PARITY)}")
         if c.alpha < 0 or not 0 <= c.tau <= 1:
             wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+        wrong += _update_problems(name, c)
+    return wrong
+
+
+def _update_problems(name: str, c) -> list[str]:
+    """Of what a C-GRPO stage makes of its rollouts."""
+    wrong = []
+    if c.scale not in SCALE:
+        wrong.append(f"{name}.scale = {c.scale!r}: choose one of {', '.join(map(repr, SCALE))}")
+    if c.weight not in WEIGHT:
+        wrong.append(f"{name}.weight = {c.weight!r}: choose one of {', '.join(map(repr, WEIGHT))}")
+    if c.iterations < 1 or c.refill < 0 or c.credit < 0:
+        wrong.append(f"{name}: iterations must be at least 1, refill and credit not negative")
+    if c.iterations > 1 and c.parity == "videor1":
+        wrong.append(f"{name}.iterations = {c.iterations}: the loss of parity 'videor1' has no clipping; choose 'trl'")
     return wrong
 
 
