@@ -128,6 +128,11 @@ def trainable(c) -> tuple[str, ...]:
     return tuple(filter(None, c.lora.whole if c.lora.rank else c.trainable))
 
 
+def teacher_within(c) -> bool:
+    """Whether a stage's teacher is the frozen weights beneath its adapters, which its state holds already."""
+    return bool(c.lora.rank) and not trainable(c) and c.teacher == c.init
+
+
 def on_files(config) -> bool:
     """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
     return bool(config.data.train or config.model.size)

@@ -154,9 +154,9 @@ def retriever(run: Run, name: str, stage):
 def _two_views(run: Run, stage, params: dict):
     """(the teacher's parameters, whether the state holds them too, student's view, teacher's view, teacher's bank).
 
-    Where adapters alone train, the frozen weights beneath them are a teacher that starts where the student does.
+    Where they are within the state, jitted functions get None in their place, see `_teaching`.
     """
-    within = bool(stage.lora.rank) and not settings.trainable(stage) and stage.teacher == stage.init
+    within = settings.teacher_within(stage)
     teacher = params if within else run.parameters(stage.teacher)
     return teacher, within, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
 

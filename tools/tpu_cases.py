@@ -253,18 +253,25 @@ class Case:
             make = step.make_sft_step(self.cfg, look, self.tx, **many)
             return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
         look, *batch = self.seen(stage.view, sizes.question)
-        done, teacher = shapes.completions(b, stage.group, self.how.max_new), shapes.params(self.frozen)
+        done = shapes.completions(b, stage.group, self.how.max_new)
+        teacher = None if settings.teacher_within(stage) else shapes.params(self.frozen)
         if stage.kind == "cgrpo":
             losses = parity(stage.parity, kl_coef=stage.beta)[1]
-            make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **many)
-            gains = shapes.rows((b, stage.group), jnp.float32)
+            losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)
+            more = {"iterations": stage.iterations, "skip": stage.skip_dead}
+            make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **more, **many)
+            gains = shapes.rows(done.mask_bgr.shape if stage.credit else (b, stage.group), jnp.float32)
             return self._program(make, step.GRPOBatch(*batch, done, gains), teacher)
         look_full, *full = self.seen(stage.teacher_view, sizes.question)
         make = step.make_distill_step(self.cfg, look, look_full, self.tx, self.how, **many)
         return self._program(make, step.DistillBatch(*batch, *full, done), teacher)
 
     def _program(self, make, *others) -> Program:
-        return Program(keep_state(make, self.state), (self.state, *others), (0,))
+        def run(now, batch, *teacher):
+            within = teacher == (None,)
+            return make(now, batch, *((lora.base(now.model),) if within else teacher))
+
+        return Program(keep_state(run, self.state), (self.state, *others), (0,))
 
     def rollout(self) -> Program:
         return self._sampling(self.stage.view, optim.join(self.state.params, self.state.frozen), self.stage.group)

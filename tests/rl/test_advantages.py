@@ -118,8 +118,8 @@ def test_the_forms_in_which_retention_acts(correct, teacher):
     plain = np.nan_to_num(
         (correct - correct.mean(1, keepdims=True)) / np.maximum(correct.std(1, ddof=1, keepdims=True), 1e-12)
     )
-    weight = rewards.retention_weight(kept.eta_b)
-    np.testing.assert_allclose(weight[:, None] * np.asarray(grouped), np.clip(1 - eta, 0, 1)[:, None] * plain, atol=1e-6)
+    weighted = rewards.retention_weight(kept.eta_b)[:, None] * np.asarray(grouped)
+    np.testing.assert_allclose(weighted, np.clip(1 - eta, 0, 1)[:, None] * plain, atol=1e-6)
 
 
 def test_a_question_without_a_ratio_keeps_its_weight():
