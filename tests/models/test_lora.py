@@ -7,14 +7,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from marc_jax import checkpoint, optim, pretrained, sharding, state
-from marc_jax.models import lora, packed, qwen25_vl
+from marc_jax import checkpoint, loop, optim, pretrained, sharding, state
+from marc_jax.models import lora, packed, qwen25_vl, weights
 from marc_jax.models.layers import Linear
 from marc_jax.paths import flatten, unflatten
 from marc_jax.rl import rollout, step
 from marc_jax.rl.rollout import Sampling
 from tests.rl import tiny_model as tiny
 from tests.rl.test_step import encode
+from tools import export_weights
 
 EVERY = ("text/layers/.*/kernel", "vision/merger/.*/kernel")
 HOW = Sampling(max_new=5, stop_ids=tiny.STOPS, pad_id=tiny.PAD, banned_ids=tiny.BANNED)
@@ -180,3 +181,38 @@ def test_impossible_adapters_are_one_line(change, words):
     how = {"rank": 4, "patterns": EVERY} | change
     with pytest.raises(ValueError, match=words):
         lora.describe(DESCRIBED, **how)
+
+
+def test_a_stopped_run_goes_on_with_the_same_numbers_and_the_frozen_weights_untouched(tmp_path):
+    _, adapters, rest = adapted(trained=False)
+    tx = optim.make({"learning_rate": 1e-2, "ema": 0.5}, 4)
+    advance = jax.jit(step.make_sft_step(tiny.CONFIG, encode, tx), donate_argnums=0)
+    fresh = lambda: jax.tree.map(jnp.copy, state.create(tx, adapters, rest, key=jax.random.key(0)))  # noqa: E731
+
+    def run(folder, steps):
+        pace, meta = loop.Pace(steps, 1, 1), {"trainable": list(adapters)}
+        return loop.fit("s", folder, fresh(), lambda number: batch(), advance, pace, meta=meta)[0]
+
+    whole = run(tmp_path / "through", 4)
+    run(tmp_path / "stopped", 2)
+    again = run(tmp_path / "stopped", 4)
+    for got, want in ((again.params, whole.params), (again.opt_state, whole.opt_state), (whole.frozen, rest)):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    # what the stage hands on is the average, merged
+    average = next(x.average for x in whole.opt_state if isinstance(x, optim.Averaged))
+    want = flatten(lora.merge(unflatten(average | rest)))
+    folder = tmp_path / "stopped" / "s" / "checkpoints"
+    got = flatten(pretrained.load_parameters(qwen25_vl.abstract(tiny.CONFIG), folder))
+    for path, x in want.items():
+        np.testing.assert_allclose(got[path], x, atol=1e-6, err_msg=path)
+    assert any(np.abs(average[path] - whole.params[path]).max() > 1e-4 for path in average)
+
+
+def test_the_exported_folder_holds_the_merged_weights(tmp_path):
+    params, adapters, rest = adapted()
+    now = state.create(optim.make({}, 5), adapters, rest, key=jax.random.key(0))
+    checkpoint.save(tmp_path / "steps", 3, now, {"trainable": list(adapters), "model": weights.hf_config(tiny.CONFIG)})
+    asked = [f"--checkpoint={tmp_path / 'steps'}", f"--out={tmp_path / 'out'}", "--dtype=float32"]
+    assert export_weights.main(asked) == 0
+    got = weights.load(tmp_path / "out", tiny.CONFIG, qwen25_vl.abstract(tiny.CONFIG))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), got, lora.merge(params))
