@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax.baselines import dtd, evs, kept, vidcom2
+from marc_jax.baselines import dtd, evs, kept, vidcom2, visionzip
 
 B, T, P, D = 3, 9, 8, 12
-ALL = {name: module.compress for name, module in {"vidcom2": vidcom2, "evs": evs, "dtd": dtd}.items()}
+RNG = np.random.default_rng(7)
+WATCHED = {
+    "received_btp": RNG.random((B, T, P), np.float32),
+    "key_btph": RNG.normal(size=(B, T, P, 5)).astype(np.float32),
+}
+PRUNE = {"vidcom2": vidcom2.compress, "evs": evs.compress, "dtd": dtd.compress}
+MERGE = {"visionzip": functools.partial(visionzip.compress, **WATCHED)}
+ALL = PRUNE | MERGE
 
 
 def video(seed=0, full=False):
@@ -58,7 +65,7 @@ def test_budgets_places_and_padding(name, keep):
     assert not nothing.mask_bn.any() and not nothing.tokens_bnd.any()
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", PRUNE)
 def test_pruned_tokens_are_the_source_tokens_and_carry_gradients(name):
     vis, mask, event = video()
     out = run(name, vis, mask, event, 10)
@@ -148,3 +155,36 @@ def test_pixel_change_compares_the_outer_frames_of_neighbouring_pairs():
     want = np.abs(x[0, :, :, :, 0] - x[1, :, :, :, 1]).mean((1, 2, 3, 4))
     np.testing.assert_allclose(got[0, 1], want, rtol=1e-6)
     assert got.shape == (1, 2, 2) and not got[0, 0].any()
+
+
+@pytest.mark.parametrize("combine", ["add", "mean"])
+def test_visionzip(combine):
+    vis, mask, event = video(4)
+    keep = T * P
+    out = run("visionzip", vis, mask, event, keep, target_b=6 * mask.sum(1).astype(np.int32) + 1, combine=combine)
+    for b in range(B):
+        at, patches = places(out, b), np.flatnonzero(mask[b])
+        count = np.bincount(at // P, minlength=T)[patches]
+        assert count.sum() == 6 * len(patches) + 1 and set(count) <= {6, 7}
+        for t, k in zip(patches, count, strict=True):
+            want_at, want = visionzip_reference(
+                vis[b, t].astype(np.float64), WATCHED["received_btp"][b, t], WATCHED["key_btph"][b, t], k, combine
+            )
+            assert at[at // P == t].tolist() == (t * P + want_at).tolist()
+            np.testing.assert_allclose(out.tokens_bnd[b][: len(at)][at // P == t], want, atol=1e-5)
+
+
+def visionzip_reference(x_pd, received_p, key_ph, k, combine):
+    contextual = int(k * 10 / 64 + 0.5)
+    dominant = np.argsort(-received_p, kind="stable")[: k - contextual]
+    rest = np.setdiff1d(np.arange(P), dominant)
+    targets = rest[:: max(1, len(rest) // contextual)][:contextual] if contextual else rest[:0]
+    out, joined = {i: x_pd[i] for i in dominant}, {i: [] for i in targets}
+    for i in np.setdiff1d(rest, targets) if contextual else []:
+        joined[targets[np.argmax(unit(key_ph[targets]) @ unit(key_ph[i]))]].append(x_pd[i])
+    for i in targets:
+        if combine == "mean":
+            out[i] = np.mean([x_pd[i], *joined[i]], axis=0)
+        else:
+            out[i] = x_pd[i] + (np.mean(joined[i], axis=0) if joined[i] else 0)
+    return np.array(sorted(out)), np.array([out[i] for i in sorted(out)])
