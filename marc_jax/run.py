@@ -296,9 +296,12 @@ def surroundings(config, workdir: Path) -> Run:
     time_scale = 2 / config.data.fps * cfg.tokens_per_second
     grid_hw = sampling.grid_hw
     prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
-    views = {name: View(**config.views[name].to_dict()) for name in config.views}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views_of(config), sampling, time_scale, mesh)
+
+
+def views_of(config) -> dict[str, View]:
+    return {name: View(**config.views[name].to_dict()) for name in config.views}
 
 
 _OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set

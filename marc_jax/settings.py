@@ -9,8 +9,11 @@ from ml_collections import ConfigDict
 from marc_jax import config as configs
 from marc_jax.config import ConfigError
 
-SELECT = ("all", "retrieve", "random", "none")
-METHOD = ("keep", "merge", "per_event", "mean", "pooled")
+SELECTORS = ("uniform", "topk", "bolt", "aks")
+SELECT = ("all", "retrieve", "random", "none", *SELECTORS)
+WATCHERS = ("visionzip", "fastvid", "holitom")
+TOKENS = ("random_tokens", "pooled_tokens", "vidcom2", "evs", "dtd", *WATCHERS)
+METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", *TOKENS)
 POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
@@ -75,6 +78,7 @@ def stage(kind: str) -> ConfigDict:
 def view() -> ConfigDict:
     c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
     c.update(represent="mean", rule=None, adaptive=False, tokens=None)
+    c.update(share=None, shrink=1, apart=1, seed=0, layer=2)
     return c
 
 
@@ -138,6 +142,11 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
+    layers = config.model.text.num_layers
+    wrong += [
+        f"views.{name}.layer = {v.layer}: 'fastv' needs layers after it, the model has {layers}"
+        for name, v in config.views.items() if v.method == "fastv" and v.layer >= layers
+    ]  # fmt: skip
     if config.init_from and not _holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
@@ -159,8 +168,17 @@ def _view_problems(name: str, c) -> list[str]:
         wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
     if c.method == "per_event" and c.select != "retrieve":
         wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
-    if min(c.k, c.keep) < 1:
-        wrong.append(f"views.{name}: k and keep must be at least 1")
+    if min(c.k, c.keep, c.shrink, c.apart, c.layer) < 1:
+        wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
+    if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
+        wrong.append(f"views.{name}: method {c.method!r} needs a share, the part of the video's tokens to read")
+    if c.share is not None:
+        if not 0.001 <= c.share <= 1:
+            wrong.append(f"views.{name}.share = {c.share} must lie between 0.001 and 1")
+        if c.method in ("per_event", "mean", "pooled") or c.adaptive or c.tokens is not None:
+            wrong.append(f"views.{name}: share goes with neither per_event, mean, pooled, adaptive nor tokens")
+        if c.select in ("random", "none"):
+            wrong.append(f"views.{name}: select {c.select!r} has a size of its own, it takes no share")
     return wrong
 
 
@@ -189,6 +207,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
     elif config.views[c.view].select == "retrieve" and "retriever" not in {config[s].kind for s in done if s in config}:
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
+    else:
+        wrong += _trained_view_problems(name, config.views[c.view], c.visual)
     if c.kind in ("distill", "cgrpo"):
         known("teacher")
         if c.teacher_view not in config.views:
@@ -202,6 +222,17 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
             wrong.append(f"{name}.parity = {c.parity!r}: choose one of {', '.join(PARITY)}")
         if c.alpha < 0 or not 0 <= c.tau <= 1:
             wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+    return wrong
+
+
+def _trained_view_problems(name: str, view, visual: str) -> list[str]:
+    wrong = []
+    if view.method == "fastv":
+        wrong.append(f"{name}.view drops tokens inside the decoder ('fastv'): that is for evaluation, not for training")
+    if view.select in SELECTORS[1:]:
+        wrong.append(f"{name}.view chooses patches by {view.select!r}: that is for evaluation, not for training")
+    if visual != "pixels" and (view.method in WATCHERS or view.shrink > 1):
+        wrong.append(f"{name}.view needs the vision tower to run: {name}.visual must be 'pixels'")
     return wrong
 
 
@@ -224,10 +255,17 @@ def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
+def _trained_views(c: dict) -> dict:
+    """The views that stages of this config look through, with the defaults of keys that came after it was written."""
+    stages = [c[name] for name in c["stages"] if name in c]
+    names = {stage.get(field, "") for stage in stages for field in ("view", "teacher_view")}
+    return {name: json.loads(configs.to_json(view())) | c["views"][name] for name in names if name in c["views"]}
+
+
 def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     """Writes the config beside the run; a run that goes on must have been started with the same one.
 
-    Pace, title and evaluation may change. With write=False it is compared only.
+    Pace, title, evaluation and the views of no stage may change. With write=False it is compared only.
     """
     text = configs.to_json(config)
     if path.exists():
@@ -236,6 +274,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         for c in (before, now):
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)
+            c["views"] = _trained_views(c)
         if before != now:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
             raise ConfigError(

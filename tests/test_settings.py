@@ -11,6 +11,8 @@ from marc_jax.rl import parity
 def test_settings_know_the_names_of_the_rooms_they_may_not_import():
     assert settings.SELECT == view.SELECT
     assert settings.METHOD == view.METHOD
+    assert settings.TOKENS == view.TOKENS and settings.SELECTORS == tuple(view.SELECTORS)
+    assert settings.WATCHERS == tuple(view.WATCHERS)
     assert settings.POOL == encoders.POOLS
     assert settings.PARITY == parity.FAMILIES
     assert sorted(settings.GROUPS) == sorted(experiment.GROUP_ORDER)

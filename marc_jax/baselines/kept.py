@@ -84,3 +84,11 @@ def change(vis_btpd, mask_bt) -> jax.Array:
     before_bt = jnp.concatenate([jnp.full_like(last_bt[:, :1], -1), last_bt[:, :-1]], axis=1)
     past_btpd = jnp.take_along_axis(x_btpd, jnp.maximum(before_bt, 0)[:, :, None, None], axis=1)
     return jnp.where((before_bt >= 0)[:, :, None], 1 - jnp.sum(x_btpd * past_btpd, axis=-1), jnp.inf)
+
+
+def compact(mask_bt, *arrays):
+    """Arrays [B, T, ...] with the valid patches first: (*arrays, but the mask second, and the patch at each place)."""
+    order_bt = jnp.argsort(~mask_bt, axis=1, stable=True)
+    move = lambda a: jnp.take_along_axis(a, order_bt.reshape(*order_bt.shape, *[1] * (a.ndim - 2)), axis=1)  # noqa: E731
+    first, *rest = (move(a) for a in arrays)
+    return (first, move(mask_bt), *rest, order_bt)

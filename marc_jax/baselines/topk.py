@@ -1,7 +1,7 @@
 """Frame selection by relevance alone: the patches most similar to the question, optionally kept apart in time.
 
 With apart = a, greedily: take the best open patch, close all within a - 1 patches of it, until nothing is open
-(non-maximum suppression over time). a = 1 is plain top-k. The common baseline of BOLT (2503.21483) and AKS (2502.21271).
+(non-maximum suppression over time). a = 1 is plain top-k, the baseline of BOLT (2503.21483) and AKS (2502.21271).
 
 Signature of all frame selectors: `select(score_bt, mask_bt, keep, *, target_b=None, ...) -> (slot_bk, valid_bk)`, with
 score float [B, T] (similarity of each temporal patch and the question), mask bool [B, T], `keep` the static number of

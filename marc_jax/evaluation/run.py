@@ -4,22 +4,26 @@ The test videos are indexed once into a memory on disk; every arm reads its patc
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.sources import question_text
 from data_pipelines.video import VideoError
 from marc_jax import metrics
+from marc_jax.baselines import fastv
 from marc_jax.batches import STYLE, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging, report
 from marc_jax.memory import embed, indexer, store
 from marc_jax.memory import view as views
-from marc_jax.rl import rollout, step
+from marc_jax.models import qwen25_vl
+from marc_jax.rl import rollout
 from marc_jax.run import Run, data_folder, read_records, report_unreadable
 
 
@@ -127,22 +131,35 @@ def queries(run: Run, test: TestSet, rows):
 
 
 def make_answerer(run: Run, view: views.View, sizes: Sizes):
-    """Compiled (params, retriever, bank, index, queries, prompt, ids) -> greedy completions through one view.
-
-    Arms that look the same way share one compiled function.
+    """(params, retriever, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view, int [B]
+    visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
     """
-    if (view, sizes) in run.compiled:
-        return run.compiled[view, sizes]
-    encode = views.make_encode(view, run.grid_hw, run.time_scale)
-    sample = step.make_sampler(run.cfg, encode, run.decoding(0.0))
+    how, slots = run.decoding(0.0), view.kept(sizes.patches, sizes.event) * run.prompter.tokens_per_patch
 
-    @jax.jit
-    def answer(params, retriever, bank, index, asked, prompt, ids_b):
-        query = embed.embed_questions(retriever, *asked) if view.select == "retrieve" else None
-        visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed))
-        return sample(params, prompt, visual, rollout.rollout_keys(run.config.seed, 0, ids_b, 1))
+    def look(params, retriever, bank, emb_nd, index, asked, prompt):
+        query = embed.embed_questions(retriever, *asked) if view.asks else None
+        visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed), emb_nd)
+        encode = views.make_encode(view, run.grid_hw, run.time_scale)
+        vis, prompt = encode(qwen25_vl.bind(run.cfg, params), visual, prompt)
+        return jnp.pad(vis, ((0, 0), (0, max(slots - vis.shape[1], 0)), (0, 0)))[:, :slots], prompt
 
-    run.compiled[view, sizes] = answer
+    def speak(pruned, params, vis, prompt, ids_b):
+        model, keys = qwen25_vl.bind(run.cfg, params), rollout.rollout_keys(run.config.seed, 0, ids_b, 1)
+        read_b = jnp.sum(prompt.mask_bp & (prompt.vis_index_bp >= 0), axis=1)
+        if pruned is None:
+            return rollout.decode(model, rollout.prefill(model, vis, prompt), keys, how), read_b
+        read_b = pruned.count(read_b, 1)
+        length = prompt.tokens_bp.shape[1] - slots + int(pruned.count(np.array(slots), 1))
+        prefix = fastv.prefill(model, vis, prompt, read_b, layer=pruned.layer, length=length)
+        return rollout.decode(model, prefix, keys, how), read_b
+
+    look = run.compiled.setdefault((view, sizes), jax.jit(look))
+    pruned = view if view.method == "fastv" else None
+    speak = run.compiled.setdefault(("speak", pruned), jax.jit(functools.partial(speak, pruned)))
+
+    def answer(params, *looked_at, prompt, ids_b):
+        return speak(params, *look(params, *looked_at, prompt), ids_b)
+
     return answer
 
 
@@ -151,6 +168,7 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     view, sizes = run.view(view_name), test.sizes
     answer = make_answerer(run, view, sizes)
     bank, rows = run.whole(test.bank[visual]), []
+    emb = patch_embeddings(run, test) if view.select in views.SELECTORS else None
     kept = view.kept(sizes.patches, sizes.event)
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):
@@ -158,10 +176,10 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
             records = [test.records[i] for i in chosen]
             texts = [question_text(r["problem"], r["problem_type"], r["options"], STYLE) for r in records]
             prompt = run.prompter.whole(texts, kept, index.mask_bt.sum(1), sizes)
-            inputs = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
-            done = answer(params, run.retriever, bank, *inputs)
+            *inputs, prompt, ids_b = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
+            done, read_b = answer(params, run.retriever, bank, emb, *inputs, prompt=prompt, ids_b=ids_b)
             tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
-            used = visual_tokens(run, view, index)[:real]
+            used = np.asarray(read_b)[:real]
             for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
                 rows.append(_row(run, record, tokens[mask], int(count)))
             bar.update(len(rows))
@@ -169,17 +187,11 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     return rows + [{**{f: record[f] for f in fields}, "error": "unreadable video"} for record in test.unreadable]
 
 
-def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
-    """int [B]; visual tokens that the decoder reads of each video."""
-    p, t_b = run.prompter.tokens_per_patch, index.mask_bt.sum(1)
-    if view.select == "none":
-        return np.zeros(len(t_b), int)
-    if view.method == "keep" and view.select == "retrieve":
-        return np.minimum(np.sort(index.len_be, axis=1)[:, -view.k :].sum(1), t_b) * p
-    kept = {"keep": t_b if view.select == "all" else np.ones_like(t_b), "merge": np.minimum(view.keep, t_b)}
-    kept |= {"per_event": np.minimum(view.k, index.mask_be.sum(1))}
-    kept |= dict.fromkeys(("mean", "pooled"), np.ones_like(t_b))
-    return kept[view.method] * p
+def patch_embeddings(run: Run, test: TestSet):
+    """Embeddings [N, D] of the bank's patches by the run's own retriever, each patch on its own."""
+    if "patch_embeddings" not in run.compiled:
+        run.compiled["patch_embeddings"] = jax.jit(embed.embed_patches)
+    return run.compiled["patch_embeddings"](run.retriever, run.whole(test.bank["features"]))
 
 
 def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
@@ -241,7 +253,6 @@ def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:
             raise ConfigError(f"config.eval.arms.{arm}.stage names {stage!r}, which is no stage")
         if stage not in loaded:
             loaded[stage] = run.parameters(stage)
-        out[arm] = (loaded[stage], run.config[stage].visual)
+        reads_pixels = run.view(run.config.eval.arms[arm].view).reads_pixels
+        out[arm] = (loaded[stage], "pixels" if reads_pixels else run.config[stage].visual)
     return out
-
-

@@ -257,6 +257,10 @@ class Qwen25VL(nnx.Module):
         """
         return self.text.prefill(x_bld, pos_3bl, mask_bl, at_b)
 
+    def prefill_pruned(self, x_bld, pos_3bl, mask_bl, at_b, layer: int, keep, length: int):
+        """Prefill in which only the tokens that `keep` names go on after `layer` layers: `Decoder.prefill_pruned`."""
+        return self.text.prefill_pruned(x_bld, pos_3bl, mask_bl, at_b, layer, keep, length)
+
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         """Teacher-forced suffixes: each (b, g) sees its prompt's prefix and its own causal past. -> [B, G, R, D]."""
         return self.text.extend(x_bgrd, pos_3bgr, mask_bgr, prefix, prefix_mask_bp)
