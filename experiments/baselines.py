@@ -2,6 +2,7 @@
 
     python -m marc_jax.eval --config=experiments/baselines.py --checkpoint=runs/synthetic --out=runs/baselines
     python -m marc_jax.eval --config=experiments/baselines.py:quickstart --checkpoint=runs/quickstart
+    python -m marc_jax.eval --config=experiments/baselines.py:synthetic,scenic ...    # with the [scenic] extra
 
 The arms are views of the same weights. A share is rounded to whole tokens of each video (5 % of 56 is 3), and what an
 arm really reads is counted from its prompt. Methods that keep whole temporal patches take as many as hold the budget,
@@ -28,7 +29,8 @@ METHODS = (
     ("holitom", "HoliTom", {"method": "holitom"}),
     ("evs", "EVS", {"method": "evs"}),
     ("dtd", "DTD", {"method": "dtd"}),
-    ("fastv", "FastV, tokens after the first layers", {"method": "fastv"}),
+    ("fastv", "FastV, after layer 2", {"method": "fastv"}),
+    ("fastv_1", "FastV, after layer 1", {"method": "fastv", "layer": 1}),
     ("topk", "top-k frames", {"select": "topk"}),
     ("topk_apart", "top-k frames, never neighbours", {"select": "topk", "apart": 2}),
     ("bolt", "BOLT", {"select": "bolt"}),
@@ -37,13 +39,21 @@ METHODS = (
     ("marc", "MARC: three events retrieved, merged", {"select": "retrieve", "method": "merge", "in_event": 99}),
 )  # fmt: skip
 
+SCENIC = (
+    ("adjacent", "scenic's adjacent merging", {"method": "adjacent_merge"}),
+    ("token_learner", "scenic's TokenLearner, untrained", {"method": "token_learner"}),
+)
+
 
 def get_config(run="synthetic"):
+    """`run`: whose teacher, "synthetic" or "quickstart"; with ",scenic" behind it also the rows of the extra."""
+    run, *extra = run.split(",")
     c = {"synthetic": synthetic, "quickstart": quickstart}[run].get_config()
+    methods = METHODS + (SCENIC if extra == ["scenic"] else ())
     arms = ConfigDict({key: c.eval.arms[key] for key in ("teacher", "blind")})
     for share in SHARES:
         percent = round(100 * share)
-        for key, label, view in METHODS:
+        for key, label, view in methods:
             name = f"{key}_{percent}"
             c.views[name] = {"select": "all", "method": "keep", "share": share, **view}
             arms[name] = {"stage": "teacher", "view": name, "label": f"{label}, {percent} %"}

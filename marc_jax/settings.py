@@ -12,7 +12,8 @@ from marc_jax.config import ConfigError
 SELECTORS = ("uniform", "topk", "bolt", "aks")
 SELECT = ("all", "retrieve", "random", "none", *SELECTORS)
 WATCHERS = ("visionzip", "fastvid", "holitom")
-TOKENS = ("random_tokens", "pooled_tokens", "vidcom2", "evs", "dtd", *WATCHERS)
+SCENIC = ("adjacent_merge", "token_learner")
+TOKENS = ("random_tokens", "pooled_tokens", "vidcom2", "evs", "dtd", *WATCHERS, *SCENIC)
 METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", *TOKENS)
 POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
@@ -172,6 +173,8 @@ def _view_problems(name: str, c) -> list[str]:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
         wrong.append(f"views.{name}: method {c.method!r} needs a share, the part of the video's tokens to read")
+    if c.method in ("fastv", "adjacent_merge") and c.select != "all":
+        wrong.append(f"views.{name}: method {c.method!r} takes its share of whole videos: select must be 'all'")
     if c.share is not None:
         if not 0.001 <= c.share <= 1:
             wrong.append(f"views.{name}.share = {c.share} must lie between 0.001 and 1")

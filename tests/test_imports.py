@@ -34,6 +34,7 @@ ABOVE = {
     "marc_jax.memory.view": (
         "marc_jax.baselines",
         "marc_jax.memory.budget",
+        "marc_jax.memory.choose",
         "marc_jax.memory.compress",
         "marc_jax.memory.retrieve",
         "marc_jax.rl.types",

@@ -4,15 +4,16 @@ import pytest
 
 from marc_jax import config, settings, stages
 from marc_jax.evaluation import experiment
-from marc_jax.memory import encoders, view
+from marc_jax.memory import choose, encoders, view
 from marc_jax.rl import parity
 
 
 def test_settings_know_the_names_of_the_rooms_they_may_not_import():
     assert settings.SELECT == view.SELECT
     assert settings.METHOD == view.METHOD
-    assert settings.TOKENS == view.TOKENS and settings.SELECTORS == tuple(view.SELECTORS)
-    assert settings.WATCHERS == tuple(view.WATCHERS)
+    assert settings.TOKENS == choose.TOKENS and settings.SELECTORS == tuple(choose.SELECTORS)
+    assert settings.SCENIC == choose.SCENIC
+    assert settings.WATCHERS == tuple(choose.WATCHERS)
     assert settings.POOL == encoders.POOLS
     assert settings.PARITY == parity.FAMILIES
     assert sorted(settings.GROUPS) == sorted(experiment.GROUP_ORDER)

@@ -20,7 +20,7 @@ from marc_jax.baselines import fastv
 from marc_jax.batches import STYLE, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging, report
-from marc_jax.memory import embed, indexer, store
+from marc_jax.memory import choose, embed, indexer, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
@@ -168,7 +168,7 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
     view, sizes = run.view(view_name), test.sizes
     answer = make_answerer(run, view, sizes)
     bank, rows = run.whole(test.bank[visual]), []
-    emb = patch_embeddings(run, test) if view.select in views.SELECTORS else None
+    emb = patch_embeddings(run, test) if view.select in choose.SELECTORS else None
     kept = view.kept(sizes.patches, sizes.event)
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):

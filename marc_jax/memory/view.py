@@ -18,35 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from data_pipelines.patches import PATCH_MEAN, PATCH_STD
-from marc_jax.baselines import (
-    aks,
-    bolt,
-    dtd,
-    evs,
-    fastvid,
-    holitom,
-    lower_resolution,
-    mean,
-    moviechat,
-    pooled,
-    random,
-    topk,
-    uniform,
-    vidcom2,
-    visionzip,
-)
+from marc_jax.baselines import lower_resolution, mean, moviechat, pooled
 from marc_jax.baselines.kept import KeptTokens, gather
 from marc_jax.memory import budget, compress, retrieve
+from marc_jax.memory.choose import SELECTORS, TOKENS, WATCHERS, single_patches, single_tokens
 from marc_jax.rl.types import PromptBatch
 
-SELECTORS = {"uniform": uniform.select, "topk": topk.select, "bolt": bolt.select, "aks": aks.select}
-PRUNERS = {"vidcom2": vidcom2.compress, "evs": evs.compress, "dtd": dtd.compress}
-WATCHERS = {
-    "visionzip": visionzip.compress,
-    "fastvid": fastvid.compress,
-    "holitom": holitom.compress,
-}  # they read the attention of the vision tower
-TOKENS = ("random_tokens", "pooled_tokens", *PRUNERS, *WATCHERS)
 SELECT = ("all", "retrieve", "random", "none", *SELECTORS)
 METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", *TOKENS)
 
@@ -111,6 +88,8 @@ class View:
                 raise ValueError("view: share goes with neither per_event, mean, pooled, adaptive nor tokens")
             if self.select in ("random", "none"):
                 raise ValueError(f"view: select {self.select!r} has a size of its own, it takes no share")
+        if self.method in ("fastv", "adjacent_merge") and self.select != "all":
+            raise ValueError(f"view: method {self.method!r} takes its share of whole videos: select must be 'all'")
         if min(self.shrink, self.apart, self.layer) < 1:
             raise ValueError("view: shrink, apart and layer must be at least 1")
 
@@ -211,7 +190,7 @@ def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_eve
         slot_bs = jnp.argmax(jnp.where(index.mask_bt, gumbel, -jnp.inf), axis=1)[:, None]
         mask_bs, event_bs = jnp.ones((b, 1), bool), jnp.zeros((b, 1), jnp.int32)
     elif view.select in SELECTORS:
-        slot_bs, mask_bs = _single_patches(view, index, query_bd, bank_nnc.shape[1] // 4, emb_nd)
+        slot_bs, mask_bs = single_patches(view, index, query_bd, bank_nnc.shape[1] // 4, emb_nd)
         event_bs = jnp.take_along_axis(index.event_bt, slot_bs, axis=1)
     else:
         slot_bs = jnp.zeros((b, 0), jnp.int32)
@@ -219,22 +198,6 @@ def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_eve
     rows_bs = jnp.take_along_axis(index.patch_bt, slot_bs, axis=1)
     length_b = jnp.sum(index.mask_bt, axis=1, dtype=jnp.int32)
     return Visual(bank_nnc[rows_bs], mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32), length_b)
-
-
-def _single_patches(view: View, index: VideoIndex, query_bd, tokens_per_patch: int, emb_nd):
-    """Slots int32 [B, S] and their validity, of a view that chooses patches one by one."""
-    score_bt = None
-    if view.select != "uniform":
-        if emb_nd is None:
-            raise ValueError(f"view: select {view.select!r} needs an embedding of every patch, and there is none here")
-        score_bt = jnp.einsum("bd,btd->bt", query_bd, emb_nd[index.patch_bt], precision="highest")
-    most, target_b = view.patches(index.mask_bt.shape[1], 0), None
-    if view.share is not None:
-        length_b = jnp.sum(index.mask_bt, axis=1, dtype=jnp.int32)
-        count_b = view.count(length_b, tokens_per_patch)
-        target_b = jnp.minimum(-(-count_b * view.shrink**2 // tokens_per_patch), length_b)
-    how = {"apart": view.apart} if view.select == "topk" else {}
-    return SELECTORS[view.select](score_bt, index.mask_bt, most, target_b=target_b, **how)
 
 
 def normalise(pixels_snc):
@@ -289,25 +252,6 @@ def reduce(view: View, vis_bspd, visual: Visual) -> compress.Compressed:
     return compress.Compressed(vis_bspd, steps, visual.mask_bs.astype(jnp.float32), eye, visual.mask_bs)
 
 
-def keep_tokens(view: View, vis_bspd, visual: Visual, grid_hw: tuple[int, int], watched) -> KeptTokens:
-    """The single tokens that a view of the TOKENS methods keeps, at most `view.count`.
-
-    Args:
-      grid_hw: a frame in patches. watched: `Watched` of the B * S patches, for the methods of WATCHERS, else None.
-    """
-    b, s, p, _ = vis_bspd.shape
-    count_b = view.count(visual.length_b, p * view.shrink**2)
-    args = (vis_bspd, visual.mask_bs, visual.event_bs, s * p)
-    if view.method == "random_tokens":
-        return random.compress_tokens(*args, key=jax.random.key(view.seed), target_b=count_b)
-    if view.method == "pooled_tokens":
-        return pooled.compress_tokens(*args, grid_hw=(grid_hw[0] // 2, grid_hw[1] // 2), target_b=count_b)
-    if view.method in PRUNERS:
-        return PRUNERS[view.method](*args, target_b=count_b)
-    received, key = (a.reshape(b, s, *a.shape[1:]) for a in (watched.received_sp, watched.key_sph))
-    return WATCHERS[view.method](*args, received_btp=received, key_btph=key, target_b=count_b)
-
-
 def see(view: View, model, visual: Visual, grid_hw: tuple[int, int]):
     """What the view's vision tower makes of the chosen patches: tokens [B, S, p, D], the grid that it saw, `Watched`.
 
@@ -342,7 +286,7 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
             return blind, dataclasses.replace(prompt, mask_bp=prompt.mask_bp & (prompt.vis_index_bp < 0))
         vis_bspd, grid, watched = see(view, model, visual, grid_hw)
         if view.method in TOKENS:
-            kept = keep_tokens(view, vis_bspd, visual, grid, watched)
+            kept = single_tokens(view, vis_bspd, visual, grid, watched)
             t_bn = jnp.take_along_axis(visual.t_bs, kept.at_bn // vis_bspd.shape[2], axis=1)
         else:
             kept, t_bn = _flat(view, reduce(view, vis_bspd, visual), visual, grid_hw)

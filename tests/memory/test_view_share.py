@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marc_jax.memory import choose
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl.types import PromptBatch
@@ -62,16 +63,19 @@ def read(view):
         yield np.asarray(tokens)[b][slots], (np.asarray(prompt.pos_3bp)[:, b][:, seen[b]] - 1).T
 
 
-LOOKS = [("all", method) for method in (*views.TOKENS, "merge", "moviechat")]
-LOOKS += [(select, "keep") for select in views.SELECTORS] + [("retrieve", "merge")]
+LOOKS = [("all", method) for method in (*choose.TOKENS, "merge", "moviechat")]
+LOOKS += [(select, "keep") for select in choose.SELECTORS] + [("retrieve", "merge")]
 
 
 @pytest.mark.parametrize("select,method", LOOKS)
 def test_a_share_is_that_many_tokens(select, method):
+    if method in choose.SCENIC:
+        pytest.importorskip("scenic", reason="google-research/scenic is the [scenic] extra")
+        pytest.importorskip("tensorflow", reason="scenic's models import TensorFlow")
     view = views.View(select, method, k=2, share=0.25, in_event=99)
     for (tokens, places), length in zip(read(view), LENGTH, strict=True):
         count = 0.25 * length * P
-        fewer = method in ("holitom", "fastvid", "pooled_tokens") or select == "aks"
+        fewer = method in ("holitom", "fastvid", "pooled_tokens", "token_learner") or select == "aks"
         assert len(tokens) == count or fewer and 0 < len(tokens) <= count
         assert np.isfinite(tokens).all() and (places >= 0).all()
         assert (places[:, 0] < length).all() and places[:, 1].max() < 2 and places[:, 2].max() < 4
