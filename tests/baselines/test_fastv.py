@@ -99,7 +99,8 @@ def test_keeping_everything_is_no_pruning(prompt):
     np.testing.assert_array_equal(out.mask_bp, np.broadcast_to(plain.mask_bp, out.mask_bp.shape))
 
 
-def test_decoding_reads_each_layers_own_tokens(prompt):
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_reads_each_layers_own_tokens(prompt, packed):
     """The second token's hidden state is that of the prompt with the first token behind it, the same tokens dropped."""
     batch, vis = prompt
     out = run(prompt, (5, 2), 2)
@@ -107,6 +108,8 @@ def test_decoding_reads_each_layers_own_tokens(prompt):
     how = rollout.Sampling(3, (1,), 0, 0.0)
     drawn = jax.jit(lambda p: rollout.decode(model, p, rollout.rollout_keys(0, 0, jnp.arange(B), 1), how))(out)
     for_decoding, token = model.for_decoding(), drawn.tokens_bgr[:, :, 0]
+    if packed:
+        for_decoding = qwen25_vl.bind(CFG, qwen25_vl.pack(CFG, PARAMS, jnp.float32))
     cache = for_decoding.empty_cache(B, 1, 2)
     pos = jnp.broadcast_to(out.next_pos_b[:, None], (3, B, 1))
     step = jax.jit(lambda x: for_decoding.decode_step(x, pos, 0, out.cache, out.mask_bp, cache)[0])
