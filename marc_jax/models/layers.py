@@ -96,17 +96,25 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale along the last axis, in x's dtype.
+
+    Statistics in float32, cast back, then times the scale (the reference's order of rounding).
+    """
+    x32 = x.astype(jnp.float32)
+    inv = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return (x32 * inv).astype(x.dtype) * scale.astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """Statistics in float32, cast back, then times the scale (the reference's order of rounding)."""
+    """`rms_norm` with a learned scale."""
 
     def __init__(self, size: int, eps: float, stack=()):
         self.scale = _param(stack, (size,), (None,), "ones")
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inv = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return (x32 * inv).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class SwiGLU(nnx.Module):
