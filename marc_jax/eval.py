@@ -23,6 +23,8 @@ def main() -> None:
     if not flags.FLAGS.config or not flags.FLAGS.checkpoint:
         raise configs.ConfigError("--config=FILE.py and --checkpoint=FOLDER are both required")
     config = settings.experiment(flags.FLAGS.config)
+    if settings.on_files(config) and not config.data.test:
+        raise configs.ConfigError("config.data.test = '': which question file ? (Video-R1's JSON)")
     started = time.monotonic()
 
     from marc_jax import run
@@ -30,7 +32,7 @@ def main() -> None:
 
     here, stage = run.opened(flags.FLAGS.checkpoint)
     settings.keep(config, here.workdir / "config.json", write=False)
-    here.config, here.views = config, run.views_of(config)
+    here.config, here.views = config, run.views_of(config, here.cfg)
     if stage and stage not in config.stages:
         raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of {flags.FLAGS.config}")
     arms = [a for a in config.eval.arms if not stage or config.eval.arms[a].stage == stage or a == config.eval.teacher]

@@ -10,10 +10,12 @@ done here.
 
 import jax.numpy as jnp
 
-from marc_jax.baselines.kept import KeptTokens, budget, change, evenly, gather, smallest
+from marc_jax.baselines.kept import KeptTokens, budget, change, evenly, gather, real_tokens, smallest
 
 
-def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, tau=None, change_btp=None) -> KeptTokens:
+def compress(
+    vis_btpd, mask_bt, event_bt, keep, *, target_b=None, tokens_b=None, tau=None, change_btp=None
+) -> KeptTokens:
     """Arguments and result as in `kept`.
 
     Args:
@@ -23,15 +25,16 @@ def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, tau=None, chan
     """
     del event_bt
     b, t, p, _ = vis_btpd.shape
-    count_b = budget(mask_bt, p, keep, target_b)
+    own_b = p if tokens_b is None else tokens_b
+    count_b = budget(mask_bt, own_b, keep, target_b)
     first_bt = mask_bt & (jnp.cumsum(mask_bt, axis=1) == 1)
     change_btp = change(vis_btpd, mask_bt) if change_btp is None else change_btp
     least_btp = jnp.where(first_bt[:, :, None], -1e9, -change_btp)
-    valid_btp = jnp.broadcast_to(mask_bt[:, :, None], least_btp.shape)
+    valid_btp = real_tokens(mask_bt, p, tokens_b)
     if tau is not None:
         valid_bm = (valid_btp & (first_bt[:, :, None] | (change_btp >= 1 - tau))).reshape(b, t * p)
         return gather(vis_btpd, smallest(least_btp.reshape(b, t * p), valid_bm, count_b).reshape(b, t, p), keep)
-    first_b = jnp.minimum(count_b, p)
+    first_b = jnp.minimum(count_b, own_b)
     k_bt = jnp.where(first_bt, first_b[:, None], evenly(count_b - first_b, mask_bt & ~first_bt))
     return gather(vis_btpd, smallest(least_btp, valid_btp, k_bt), keep)
 

@@ -5,16 +5,14 @@ Rule and tie-breaking (the earlier token) of the released form in vLLM (vllm/mul
 one whole patch; here the budget may cut the first patch short.
 """
 
-import jax.numpy as jnp
-
-from marc_jax.baselines.kept import KeptTokens, budget, change, gather, smallest
+from marc_jax.baselines.kept import KeptTokens, budget, change, gather, real_tokens, smallest
 
 
-def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None) -> KeptTokens:
+def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, tokens_b=None) -> KeptTokens:
     """Arguments and result as in `kept`."""
     del event_bt
     b, t, p, _ = vis_btpd.shape
-    count_b = budget(mask_bt, p, keep, target_b)
+    count_b = budget(mask_bt, p if tokens_b is None else tokens_b, keep, target_b)
     still_bm = -change(vis_btpd, mask_bt).reshape(b, t * p)
-    chosen_bm = smallest(still_bm, jnp.repeat(mask_bt, p, axis=1), count_b)
+    chosen_bm = smallest(still_bm, real_tokens(mask_bt, p, tokens_b).reshape(b, t * p), count_b)
     return gather(vis_btpd, chosen_bm.reshape(b, t, p), keep)

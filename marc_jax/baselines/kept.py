@@ -2,7 +2,8 @@
 
 A token compressor keeps single tokens, not whole temporal patches. Signature of all of them, as `memory.compress` but
 counted in tokens: `compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, ...) -> KeptTokens`, with `keep` the
-static number of tokens returned and `target_b` (int32 [B]) how many of them each video gets, default all.
+static number of tokens returned and `target_b` (int32 [B]) how many of them each video gets, default all. Those that
+take `tokens_b` (int32 [B]) read that many tokens of a video's patches, the rest pads them to P; default P.
 
 Axes: b video, t temporal patch, p token of a patch, d width, n kept token.
 """
@@ -30,8 +31,17 @@ class KeptTokens:
     mask_bn: jax.Array
 
 
-def budget(mask_bt, tokens_per_patch: int, keep: int, target_b=None) -> jax.Array:
-    """int32 [B]: tokens that each video gets, `target_b` within 0..keep and within those it has."""
+def real_tokens(mask_bt, p: int, tokens_b=None) -> jax.Array:
+    """bool [B, T, P]: of valid patches the first `tokens_b` (int32 [B]) tokens, the others pad; default all."""
+    real_bp = jnp.arange(p) < jnp.reshape(p if tokens_b is None else tokens_b, (-1, 1))
+    return mask_bt[:, :, None] & real_bp[:, None]
+
+
+def budget(mask_bt, tokens_per_patch, keep: int, target_b=None) -> jax.Array:
+    """int32 [B]: tokens that each video gets, `target_b` within 0..keep and within those it has.
+
+    `tokens_per_patch`: an int, or int32 [B].
+    """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 token, not {keep}")
     has_b = jnp.sum(mask_bt, axis=1, dtype=jnp.int32) * tokens_per_patch

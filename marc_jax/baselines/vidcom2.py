@@ -13,29 +13,31 @@ proportion to r_t, one token to every patch first, so that methods compare at eq
 import jax
 import jax.numpy as jnp
 
-from marc_jax.baselines.kept import KeptTokens, budget, clean, gather, smallest, unit
+from marc_jax.baselines.kept import KeptTokens, budget, clean, gather, real_tokens, smallest, unit
 from marc_jax.memory.budget import share
 
 ALPHAS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 TEMPERATURE = 0.01
 
 
-def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, exact=True) -> KeptTokens:
+def compress(vis_btpd, mask_bt, event_bt, keep, *, target_b=None, tokens_b=None, exact=True) -> KeptTokens:
     """Arguments and result as in `kept`; `exact=False` rounds as the released code does, cut off at `keep` tokens."""
     del event_bt
     p = vis_btpd.shape[2]
-    count_b = budget(mask_bt, p, keep, target_b)
-    valid_btp = jnp.broadcast_to(mask_bt[:, :, None], vis_btpd.shape[:3])
-    x_btpd = unit(_steady_channels(clean(vis_btpd, mask_bt), valid_btp))
-    patches_b = jnp.maximum(jnp.sum(mask_bt, axis=1), 1)
-    frame_btd = jnp.mean(x_btpd, axis=2)
-    video_bd = jnp.sum(frame_btd, axis=1) / patches_b[:, None]
+    count_b = budget(mask_bt, p if tokens_b is None else tokens_b, keep, target_b)
+    valid_btp = real_tokens(mask_bt, p, tokens_b)
+    real_bt = jnp.sum(valid_btp, axis=2)
+    x_btpd = unit(_steady_channels(jnp.where(valid_btp[..., None], clean(vis_btpd, mask_bt), 0), valid_btp))
+    has_b = jnp.maximum(jnp.sum(real_bt, axis=1), 1)
+    frame_btd = jnp.sum(x_btpd, axis=2) / jnp.maximum(real_bt, 1)[:, :, None]
+    video_bd = jnp.sum(x_btpd, axis=(1, 2)) / has_b[:, None]
     to_video_btp = _kernel(x_btpd, video_bd[:, None, None])
-    rate_bt = _rates(-jnp.mean(to_video_btp, axis=2), mask_bt, count_b / (patches_b * p))
+    usual_bt = jnp.sum(jnp.where(valid_btp, to_video_btp, 0), axis=2) / jnp.maximum(real_bt, 1)
+    rate_bt = _rates(-usual_bt, mask_bt, count_b / has_b)
     if exact:
-        k_bt = share(count_b, rate_bt, p * mask_bt.astype(jnp.int32), p)
+        k_bt = share(count_b, rate_bt, real_bt, p)
     else:
-        k_bt = jnp.maximum(jnp.round(rate_bt * p), 1).astype(jnp.int32)
+        k_bt = jnp.maximum(jnp.round(rate_bt * real_bt), 1).astype(jnp.int32)
     chosen_btp = smallest(to_video_btp + _kernel(x_btpd, frame_btd[:, :, None]), valid_btp, k_bt)
     return gather(vis_btpd, chosen_btp, keep)
 

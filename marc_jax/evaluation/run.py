@@ -6,6 +6,7 @@ The test videos are indexed once into a memory on disk; every arm reads its patc
 import dataclasses
 import functools
 import json
+import types
 from pathlib import Path
 
 import jax
@@ -13,18 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
-from data_pipelines.sources import question_text
 from data_pipelines.video import VideoError
-from marc_jax import files, metrics
+from marc_jax import files, metrics, settings
 from marc_jax.baselines import fastv
-from marc_jax.batches import STYLE, Sizes, Videos
+from marc_jax.batches import Asked, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging
 from marc_jax.memory import choose, embed, indexer, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
+from marc_jax.records import Records
 from marc_jax.rl import rollout
-from marc_jax.run import Run, data_folder, read_records, report_unreadable
+from marc_jax.run import Run, data_folder, embedded
+from marc_jax.synthetic import read_records, report_unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class TestSet:
     sizes: Sizes
     found: dict[str, store.MemoryEntry]
     unreadable: tuple[dict, ...] = ()
+
+    def asked(self, rows) -> Asked:
+        """These questions."""
+        questions = [[types.SimpleNamespace(**self.records[i])] for i in rows]
+        return Asked(take(self.videos, rows), questions, np.asarray(rows, np.int32), self.sizes)
 
 
 def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
@@ -134,21 +141,23 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     """(params, retriever, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view, int [B]
     visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
     """
-    how, slots = run.decoding(0.0), view.kept(sizes.patches, sizes.event) * run.prompter.tokens_per_patch
+    how = run.decoding(0.0)
 
     def look(params, retriever, bank, emb_nd, index, asked, prompt):
-        query = embed.embed_questions(retriever, *asked) if view.asks else None
+        query = embedded(view, retriever, asked)
         visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed), emb_nd)
         encode = views.make_encode(view, run.grid_hw, run.time_scale)
-        vis, prompt = encode(qwen25_vl.bind(run.cfg, params), visual, prompt)
+        vis, prompt = encode(qwen25_vl.bind(run.cfg, params, **run.binding), visual, prompt)
+        slots = view.kept(index.patch_bt.shape[1], sizes.event) * run.prompter.tokens_per_patch
         return jnp.pad(vis, ((0, 0), (0, max(slots - vis.shape[1], 0)), (0, 0)))[:, :slots], prompt
 
     def speak(pruned, params, vis, prompt, ids_b):
-        model, keys = qwen25_vl.bind(run.cfg, params), rollout.rollout_keys(run.config.seed, 0, ids_b, 1)
+        model = qwen25_vl.bind(run.cfg, params, **run.binding)
+        keys = rollout.rollout_keys(run.config.seed, 0, ids_b, 1)
         read_b = jnp.sum(prompt.mask_bp & (prompt.vis_index_bp >= 0), axis=1)
         if pruned is None:
             return rollout.decode(model, rollout.prefill(model, vis, prompt), keys, how), read_b
-        read_b = pruned.count(read_b, 1)
+        read_b, slots = pruned.count(read_b, 1), vis.shape[1]
         length = prompt.tokens_bp.shape[1] - slots + int(pruned.count(np.array(slots), 1))
         prefix = fastv.prefill(model, vis, prompt, read_b, layer=pruned.layer, length=length)
         return rollout.decode(model, prefix, keys, how), read_b
@@ -163,21 +172,25 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     return answer
 
 
-def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSet, label: str) -> list[dict]:
+def answer_all(
+    run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str
+) -> list[dict]:
     """Prediction rows (see `scoring`) of one arm, in the order of the questions."""
-    view, sizes = run.view(view_name), test.sizes
-    answer = make_answerer(run, view, sizes)
-    bank, rows = run.whole(test.bank[visual]), []
-    emb = patch_embeddings(run, test) if view.select in choose.SELECTORS else None
-    kept = view.kept(sizes.patches, sizes.event)
+    view, most = run.view(view_name), test.sizes.event
+    answer = make_answerer(run, view, test.sizes)
+    bank, rows = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None, []
+    emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):
-            index = take(test.videos, chosen).index(sizes)
+            asked = test.asked(chosen)
+            index, sizes = asked.index(), asked.sizes
             records = [test.records[i] for i in chosen]
-            texts = [question_text(r["problem"], r["problem_type"], r["options"], STYLE) for r in records]
-            prompt = run.prompter.whole(texts, kept, index.mask_bt.sum(1), sizes)
-            *inputs, prompt, ids_b = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
-            done, read_b = answer(params, run.retriever, bank, emb, *inputs, prompt=prompt, ids_b=ids_b)
+            texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
+            prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
+            inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
+            own, *inputs, prompt, ids_b = run.split(asked.bank, *inputs)
+            looked_at = (bank if own is None else own, emb, *inputs)
+            done, read_b = answer(params, run.retriever, *looked_at, prompt=prompt, ids_b=ids_b)
             tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
             used = np.asarray(read_b)[:real]
             for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
@@ -197,12 +210,13 @@ def patch_embeddings(run: Run, test: TestSet):
 def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
     completion = run.tokenizer.decode(tokens.tolist())
     stopped = bool(len(tokens)) and int(tokens[-1]) in run.tokenizer.stop_ids
-    verdict = judging.judge(completion, record["solution"], record["problem_type"])
+    verdict = judging.judge(completion, record["solution"], record["problem_type"], rule=run.config.eval.rule)
+    soft = {"score": verdict["score"], "options": record["options"]} if settings.on_files(run.config) else {}
     fields = ("problem_id", "question_type", "problem_type", "solution")  # chance: from the distinct solutions
     return {
         **{name: record[name] for name in fields}, "video": record["path"], "completion": completion,
         "correct": bool(verdict["correct"]), "format_ok": bool(verdict["format_ok"]), "truncated": not stopped,
-        "visual_tokens": visual, "completion_tokens": len(tokens),
+        "visual_tokens": visual, "completion_tokens": len(tokens), **soft,
     }  # fmt: skip
 
 
@@ -249,10 +263,13 @@ def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:
     out = {}
     for arm in arms:
         stage = run.config.eval.arms[arm].stage
-        if stage not in run.config:
+        if stage and stage not in run.config:
             raise ConfigError(f"config.eval.arms.{arm}.stage names {stage!r}, which is no stage")
         if stage not in loaded:
             loaded[stage] = run.parameters(stage)
-        reads_pixels = run.view(run.config.eval.arms[arm].view).reads_pixels
-        out[arm] = (loaded[stage], "pixels" if reads_pixels else run.config[stage].visual)
+        if run.view(run.config.eval.arms[arm].view).reads_pixels:
+            visual = "pixels"
+        else:
+            visual = run.config[stage].visual if stage else "features"
+        out[arm] = (loaded[stage], visual)
     return out

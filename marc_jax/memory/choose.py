@@ -37,14 +37,17 @@ def single_tokens(view, vis_bspd, visual, grid_hw: tuple[int, int], watched) -> 
       grid_hw: a frame in patches. watched: `Watched` of the B * S patches, for the methods of WATCHERS, else None.
     """
     b, s, p, _ = vis_bspd.shape
-    count_b = view.count(visual.length_b, p * view.shrink**2)
+    count_b = view.count(visual.length_b, visual.per_patch(p * view.shrink**2))
     args = (vis_bspd, visual.mask_bs, visual.event_bs, s * p)
+    real = {"target_b": count_b, "tokens_b": None if visual.shapes is None else visual.shapes.tokens_b}
     if view.method == "random_tokens":
-        return random.compress_tokens(*args, key=jax.random.key(view.seed), target_b=count_b)
+        return random.compress_tokens(*args, key=jax.random.key(view.seed), **real)
+    if view.method in PRUNERS:
+        return PRUNERS[view.method](*args, **real)
+    if visual.shapes is not None:
+        raise ValueError(f"view: method {view.method!r} needs videos of one size")
     if view.method == "pooled_tokens":
         return pooled.compress_tokens(*args, grid_hw=(grid_hw[0] // 2, grid_hw[1] // 2), target_b=count_b)
-    if view.method in PRUNERS:
-        return PRUNERS[view.method](*args, target_b=count_b)
     if view.method == "adjacent_merge":
         full = p * view.shrink**2
         return adjacent_merge.compress(*args, count=lambda patches: int(view.count(np.array(patches), full)))
@@ -55,7 +58,10 @@ def single_tokens(view, vis_bspd, visual, grid_hw: tuple[int, int], watched) -> 
 
 
 def single_patches(view, index, query_bd, tokens_per_patch: int, emb_nd):
-    """Slots int32 [B, S] and their validity, of a view that chooses patches one by one."""
+    """Slots int32 [B, S] and their validity, of a view that chooses patches one by one.
+
+    `tokens_per_patch`: what patches are padded to where videos differ in it (`index.shapes`).
+    """
     score_bt = None
     if view.select != "uniform":
         if emb_nd is None:
@@ -64,6 +70,8 @@ def single_patches(view, index, query_bd, tokens_per_patch: int, emb_nd):
     most, target_b = view.patches(index.mask_bt.shape[1], 0), None
     if view.share is not None:
         length_b = jnp.sum(index.mask_bt, axis=1, dtype=jnp.int32)
+        if index.shapes is not None:
+            tokens_per_patch = index.shapes.tokens_b
         count_b = view.count(length_b, tokens_per_patch)
         target_b = jnp.minimum(-(-count_b * view.shrink**2 // tokens_per_patch), length_b)
     how = {"apart": view.apart} if view.select == "topk" else {}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from data_pipelines.patches import PATCH_MEAN, PATCH_STD
 from marc_jax.baselines import lower_resolution, mean, moviechat, pooled
-from marc_jax.baselines.kept import KeptTokens, gather
+from marc_jax.baselines.kept import KeptTokens, gather, real_tokens
 from marc_jax.memory import budget, compress, retrieve
 from marc_jax.memory.choose import SELECTORS, TOKENS, WATCHERS, single_patches, single_tokens
 from marc_jax.rl.types import PromptBatch
@@ -103,7 +103,12 @@ class View:
         """Whether the choice of patches depends on the question."""
         return self.select in ("retrieve", "topk", "bolt", "aks")
 
-    def count(self, patches_b, tokens_per_patch: int):
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether single tokens go into the prompt, and not whole temporal patches."""
+        return self.method in TOKENS or self.tokens is not None or (self.share is not None and self.method != "fastv")
+
+    def count(self, patches_b, tokens_per_patch):
         """int [B]: tokens that are read of videos of so many patches, for a view with a share; at least 1."""
         return ((round(1000 * self.share) * patches_b * tokens_per_patch + 500) // 1000).clip(1)
 
@@ -112,7 +117,8 @@ class View:
         if self.select in SELECTORS:
             most = self.k if self.share is None else math.ceil(self.share * max_patches * self.shrink**2)
             return min(most, max_patches)
-        return {"all": max_patches, "retrieve": self.k * max_event, "random": 1, "none": 0}[self.select]
+        retrieved = min(self.k * max_event, max_patches)  # events share no patch
+        return {"all": max_patches, "retrieve": retrieved, "random": 1, "none": 0}[self.select]
 
     def kept(self, max_patches: int, max_event: int) -> int:
         """K, the static number of temporal patches' worth of tokens in the prompt (a blind one keeps one, masked)."""
@@ -127,6 +133,22 @@ class View:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Where the videos of a batch differ in shape, their temporal patches being padded to one number of tokens.
+
+    Attributes:
+      tokens_b: int32 [B]; real visual tokens of a temporal patch, the first of those it is padded to.
+      wide_b: int32 [B]; how many of them stand side by side.
+      rate_b: float32 [B]; position ids from one temporal patch to the next, second_per_grid * tokens_per_second.
+    """
+
+    tokens_b: jax.Array
+    wide_b: jax.Array
+    rate_b: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class VideoIndex:
     """Where the patches of B videos lie in a bank of temporal patches, and where their events lie in the video.
 
@@ -137,6 +159,7 @@ class VideoIndex:
       start_be, len_be: int32 [B, E]; an event's first patch and its number of patches, without transitions.
       mask_be: bool [B, E].
       emb_bed: float32 [B, E, D]; L2-normalised event embeddings.
+      shapes: None where all videos have the same.
     """
 
     patch_bt: jax.Array
@@ -146,6 +169,7 @@ class VideoIndex:
     len_be: jax.Array
     mask_be: jax.Array
     emb_bed: jax.Array
+    shapes: Shapes | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -159,6 +183,7 @@ class Visual:
       event_bs: int32 [B, S]; slot of the event a patch belongs to, 0..k-1 or 0..E-1, in time order.
       t_bs: float32 [B, S]; temporal index of the patch in its whole video.
       length_b: int32 [B]; patches of the whole video.
+      shapes: of the VideoIndex.
     """
 
     patches_bsnc: jax.Array
@@ -166,6 +191,11 @@ class Visual:
     event_bs: jax.Array
     t_bs: jax.Array
     length_b: jax.Array
+    shapes: Shapes | None = None
+
+    def per_patch(self, padded: int):
+        """Visual tokens of a temporal patch that is padded to so many: int, or int32 [B] where videos differ in it."""
+        return padded if self.shapes is None else self.shapes.tokens_b
 
 
 def retrieved(view: View, index: VideoIndex, query_bd: jax.Array):
@@ -173,10 +203,11 @@ def retrieved(view: View, index: VideoIndex, query_bd: jax.Array):
     return retrieve.topk_events(query_bd, index.emb_bed, index.mask_be, view.k, rule=view.rule)
 
 
-def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_event: int, key, emb_nd=None) -> Visual:
-    """Choose the patches of `view` and gather them from the bank [N, n, C]. Pure, static shapes.
+def select(view: View, index: VideoIndex, query_bd, bank: jax.Array, max_event: int, key, emb_nd=None) -> Visual:
+    """Choose the patches of `view` and gather them. Pure, static shapes.
 
-    `emb_nd`: embeddings of the bank's patches, of which "topk", "bolt" and "aks" take the product with query_bd.
+    `bank`: all patches [N, n, C], or each video's own [B, T, n, C]; rows of the index count in it. `emb_nd`: embeddings
+    of the bank's N patches, of which "topk", "bolt" and "aks" take the product with query_bd.
     """
     b, t = index.patch_bt.shape
     if view.select == "all":
@@ -184,20 +215,27 @@ def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_eve
         mask_bs, event_bs = index.mask_bt, index.event_bt
     elif view.select == "retrieve":
         ids_bk, valid_bk = retrieved(view, index, query_bd)
-        slot_bs, mask_bs, event_bs = retrieve.gather_patches(ids_bk, valid_bk, index.start_be, index.len_be, max_event)
+        found = retrieve.gather_patches(ids_bk, valid_bk, index.start_be, index.len_be, max_event)
+        if found[0].shape[1] > view.patches(t, max_event):
+            order_bs = jnp.argsort(~found[1], axis=1, stable=True)[:, : view.patches(t, max_event)]
+            found = [jnp.take_along_axis(x, order_bs, axis=1) for x in found]
+        slot_bs, mask_bs, event_bs = found
     elif view.select == "random":
         gumbel = jax.random.gumbel(key, (b, t))
         slot_bs = jnp.argmax(jnp.where(index.mask_bt, gumbel, -jnp.inf), axis=1)[:, None]
         mask_bs, event_bs = jnp.ones((b, 1), bool), jnp.zeros((b, 1), jnp.int32)
     elif view.select in SELECTORS:
-        slot_bs, mask_bs = single_patches(view, index, query_bd, bank_nnc.shape[1] // 4, emb_nd)
+        slot_bs, mask_bs = single_patches(view, index, query_bd, bank.shape[-2] // 4, emb_nd)
         event_bs = jnp.take_along_axis(index.event_bt, slot_bs, axis=1)
     else:
         slot_bs = jnp.zeros((b, 0), jnp.int32)
         mask_bs, event_bs = jnp.zeros((b, 0), bool), jnp.zeros((b, 0), jnp.int32)
     rows_bs = jnp.take_along_axis(index.patch_bt, slot_bs, axis=1)
     length_b = jnp.sum(index.mask_bt, axis=1, dtype=jnp.int32)
-    return Visual(bank_nnc[rows_bs], mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32), length_b)
+    patches = bank[rows_bs] if bank.ndim == 3 else jnp.take_along_axis(bank, rows_bs[:, :, None, None], axis=1)
+    return Visual(
+        patches, mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32), length_b, index.shapes
+    )  # fmt: skip
 
 
 def normalise(pixels_snc):
@@ -233,7 +271,7 @@ def reduce(view: View, vis_bspd, visual: Visual) -> compress.Compressed:
     keep, target_b = view.keep, None
     if view.share is not None:
         keep, p = vis_bspd.shape[1], vis_bspd.shape[2]
-        target_b = -(-view.count(visual.length_b, p * view.shrink**2) // p)
+        target_b = -(-view.count(visual.length_b, visual.per_patch(p * view.shrink**2)) // visual.per_patch(p))
     if view.method == "merge" and view.adaptive:
         total_b, per_event = deserved(view, *args)
         return compress.compress(*args, keep, per_event=per_event, target_b=total_b, **how)
@@ -274,9 +312,9 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
     """encode(model, visual, prompt) -> (vis_bnd [B, N, D], prompt with positions and mask of the kept tokens).
 
     A kept token stands at the mean temporal index of what it was merged from (models.md 1.5, positions of compressed
-    tokens): floor(t * time_scale), time_scale = second_per_grid * tokens_per_second; on the axes of space where its
-    (anchor's) source stood. Prompts come with temporal offset 0 on visual tokens, so only this function knows about
-    time.
+    tokens): floor(t * time_scale), time_scale = second_per_grid * tokens_per_second, or the video's own rate; on the
+    axes of space where its (anchor's) source stood. Prompts come with temporal offset 0 on visual tokens, so only this
+    function knows about time.
     """
 
     def encode(model, visual: Visual, prompt: PromptBatch):
@@ -285,32 +323,42 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
             blind = jnp.zeros((b, n, model.cfg.text.hidden_size))
             return blind, dataclasses.replace(prompt, mask_bp=prompt.mask_bp & (prompt.vis_index_bp < 0))
         vis_bspd, grid, watched = see(view, model, visual, grid_hw)
+        p, shapes = vis_bspd.shape[2], visual.shapes
+        if shapes is not None:
+            vis_bspd = jnp.where(real_tokens(visual.mask_bs, p, shapes.tokens_b)[..., None], vis_bspd, 0)
         if view.method in TOKENS:
             kept = single_tokens(view, vis_bspd, visual, grid, watched)
-            t_bn = jnp.take_along_axis(visual.t_bs, kept.at_bn // vis_bspd.shape[2], axis=1)
+            t_bn = jnp.take_along_axis(visual.t_bs, kept.at_bn // p, axis=1)
         else:
-            kept, t_bn = _flat(view, reduce(view, vis_bspd, visual), visual, grid_hw)
-        place_bn, wide = kept.at_bn % vis_bspd.shape[2], grid[1] // 2
-        t_bn = jnp.floor(t_bn * time_scale + 1e-4).astype(jnp.int32)
+            kept, t_bn = _flat(view, reduce(view, vis_bspd, visual), visual)
+        rate, wide = (time_scale, grid[1] // 2) if shapes is None else (shapes.rate_b[:, None], shapes.wide_b[:, None])
+        place_bn, t_bn = kept.at_bn % p, jnp.floor(t_bn * rate + 1e-4).astype(jnp.int32)
+        prompt = _in_order(prompt) if view.keeps_tokens else prompt
         return kept.tokens_bnd, _stand(prompt, (t_bn, place_bn // wide, place_bn % wide), kept.mask_bn)
 
     return encode
 
 
-def _flat(view: View, kept: compress.Compressed, visual: Visual, grid_hw) -> tuple[KeptTokens, jax.Array]:
+def _flat(view: View, kept: compress.Compressed, visual: Visual) -> tuple[KeptTokens, jax.Array]:
     """Whole patches as single tokens, and their times [B, N]; over the budget, the least telling go."""
     b, k, p, d = kept.tokens_bkpd.shape
     t_bk = jnp.einsum("bks,bs->bk", kept.weights_bkt, visual.t_bs)
-    count = view.tokens
-    if view.share is not None and view.method != "fastv":
-        count = view.count(visual.length_b, grid_hw[0] * grid_hw[1] // 4)
-    if count is None:
+    if view.keeps_tokens:
+        count = view.tokens
+        if count is None:
+            count = view.count(visual.length_b, visual.per_patch(p * view.shrink**2))
+        there_bkp = real_tokens(kept.mask_bk, p, None if visual.shapes is None else visual.shapes.tokens_b)
+        tokens = gather(kept.tokens_bkpd, budget.telling_tokens(kept.tokens_bkpd, there_bkp, count), k * p)
+    else:
         at_bn = jnp.broadcast_to(jnp.arange(k * p), (b, k * p))
         tokens = KeptTokens(kept.tokens_bkpd.reshape(b, k * p, d), at_bn, jnp.repeat(kept.mask_bk, p, axis=1))
-    else:
-        read_bkp = budget.telling_tokens(kept.tokens_bkpd, kept.mask_bk, count)
-        tokens = gather(kept.tokens_bkpd, read_bkp, k * p)
     return tokens, jnp.take_along_axis(t_bk, tokens.at_bn // p, axis=1)
+
+
+def _in_order(prompt: PromptBatch) -> PromptBatch:
+    """The prompt with its visual slots numbered one by one; padded patches leave numbers out."""
+    is_vis_bp = prompt.vis_index_bp >= 0
+    return dataclasses.replace(prompt, vis_index_bp=jnp.where(is_vis_bp, jnp.cumsum(is_vis_bp, axis=1) - 1, -1))
 
 
 def _stand(prompt: PromptBatch, place_3, mask_bn) -> PromptBatch:

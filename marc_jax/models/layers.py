@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Runtime:
 
     dtype: Any = jnp.float32
     attention: str = "auto"
-    remat: bool = False
+    remat: bool | str = False
 
 
 def _param(stack: tuple[int, ...], shape, axes, init="normal", units=None) -> nnx.Param:
@@ -137,6 +138,34 @@ def stack_of(module: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
     return functools.partial(nnx.merge, graphdef), nnx.to_pure_dict(state)
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what remat "attention" saves: without these arrays, as wide as the model, attention would be done again."""
+    return checkpoint_name(x, "attention")
+
+
+def _kernels(primitive, *_, **__) -> bool:
+    """Saves what a flash attention kernel gave: its output and the log-sum-exp that its backward pass starts from."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_both = jax.checkpoint_policies.save_from_both_policies
+# What the backward pass finds instead of computing it again, by name; a layer's input is always kept.
+REMAT = {
+    "layer": None,
+    "attention": _both(_kernels, jax.checkpoint_policies.save_only_these_names("attention")),
+    "products": _both(_kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
 def maybe_remat(body: Callable, runtime: Runtime) -> Callable:
-    """Wraps a scan body so that the backward pass recomputes it; `prevent_cse` is not needed under scan."""
-    return jax.checkpoint(body, prevent_cse=False) if runtime.remat else body
+    """Wraps a scan body so that the backward pass recomputes it; `prevent_cse` is not needed under scan.
+
+    Raises:
+      ValueError: `runtime.remat` names no policy.
+    """
+    if not runtime.remat:
+        return body
+    name = "layer" if runtime.remat is True else runtime.remat
+    if name not in REMAT:
+        raise ValueError(f"remat={name!r}: choose True, False or one of {', '.join(REMAT)}")
+    return jax.checkpoint(body, prevent_cse=False, policy=REMAT[name])

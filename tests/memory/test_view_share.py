@@ -1,5 +1,6 @@
 """Views with a share: every selector and compressor reads the same number of tokens, each where its source stood."""
 
+import dataclasses
 import functools
 
 import jax
@@ -89,6 +90,55 @@ def test_survivors_are_the_models_tokens_at_their_own_places(select, method):
     for b, (tokens, places) in enumerate(read(views.View(select, method, share=0.1))):
         rows = places[:, 0] + 6 * b
         np.testing.assert_allclose(tokens, whole[rows, places[:, 1] * 4 + places[:, 2]], atol=1e-5)
+
+
+class Sums:
+    """A merger that adds up each token's patches, and something where there is nothing."""
+
+    def merge_features(self, features_snc):
+        s, n, c = features_snc.shape
+        return features_snc.reshape(s, n // 4, 4, c).sum(2) + 1
+
+
+SHAPES = ((2, 4), (3, 2))  # of the two videos' patches, padded to P tokens
+PADDED = [("all", "keep", {}), ("retrieve", "merge", {}), ("all", "keep", {"tokens": 5})]
+PADDED += [(select, method, {"share": 0.4}) for select, method in (
+    ("all", "keep"), ("all", "merge"), ("all", "moviechat"), ("all", "vidcom2"), ("all", "evs"), ("all", "dtd"),
+    ("uniform", "keep"), ("retrieve", "merge"), ("retrieve", "keep"),
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("select,method,more", PADDED)
+def test_padding_patches_of_several_shapes_changes_nothing(select, method, more):
+    view = views.View(select, method, k=2, **more)
+    bank, query = jax.random.normal(jax.random.key(1), (2, T, 4 * P, 5)), jnp.array([[1.0, 0, 0], [0, 1.0, 0]])
+    own = np.prod(SHAPES, axis=1)
+    bank *= (np.arange(4 * P) < 4 * own[:, None])[:, None, :, None]
+    shapes = views.Shapes(*(jnp.asarray(x) for x in (own, [w for _, w in SHAPES], [1.0, 2.0])))
+    every = dataclasses.replace(index(), patch_bt=jnp.arange(T)[None].repeat(2, 0), shapes=shapes)
+    padded = look(view, every, bank, query, (2, 2 * P), 1.0, SHAPES)
+    for b, (h, w) in enumerate(SHAPES):
+        alone = jax.tree.map(lambda a, b=b: a[b : b + 1], dataclasses.replace(every, shapes=None))
+        exact = look(view, alone, bank[b : b + 1, :, : 4 * h * w], query[b : b + 1], (2 * h, 2 * w), 1.0 + b, ((h, w),))
+        assert (padded[b][1] == exact[0][1]).all()
+        np.testing.assert_allclose(padded[b][0], exact[0][0], atol=1e-5)
+
+
+def look(view, index, bank, query, grid_hw, rate, shapes):
+    """Per video: the tokens read and their places, through prompts whose patches are padded to the bank's tokens."""
+    kept, p = view.kept(T, 2), bank.shape[2] // 4
+    vis = np.full((len(shapes), kept * p), -1)
+    for row, (h, w) in zip(vis, shapes, strict=True):
+        row[: kept * h * w] = (np.arange(kept)[:, None] * p + np.arange(h * w)).ravel()
+    pos = jnp.ones((3, *vis.shape), jnp.int32)
+    asked = PromptBatch(jnp.zeros(vis.shape, jnp.int32), jnp.asarray(vis >= 0), pos, jnp.asarray(vis), pos[0, :, 0])
+    visual = views.select(view, index, query, bank, 2, jax.random.key(0))
+    tokens, prompt = views.make_encode(view, grid_hw, rate)(Sums(), visual, asked)
+    found = []
+    for b in range(len(shapes)):
+        seen = np.asarray(prompt.mask_bp[b])
+        found.append((tokens[b][prompt.vis_index_bp[b][seen]], np.asarray(prompt.pos_3bp[:, b][:, seen] - 1).T))
+    return found
 
 
 def test_shrunk_frames_have_fewer_tokens_and_more_frames():
