@@ -18,7 +18,7 @@ WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("", "layer", "attention")
+REMAT = ("", "layer", "attention", "products")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 

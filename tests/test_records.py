@@ -16,6 +16,7 @@ from test_end_to_end import tiny_encoder
 
 from data_pipelines import patches, sources
 from marc_jax import batches, messages, pretrained, records, run, settings
+from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import indexer
 from marc_jax.memory import view as views
@@ -152,6 +153,11 @@ def test_eval_and_export(trained, place, repo):
     assert export_weights.main([checkpoint, f"--out={out}", "--dtype=float32"]) == 0
     assert pretrained.config(out) == pretrained.config(place / "model")
     pretrained.check(out, pretrained.config(place / "model"))
+
+
+def test_index_and_ask_refuse_a_run_on_files_in_one_line(trained):
+    with pytest.raises(ConfigError, match="index and ask do not take runs on files yet"):
+        Archive(None, trained)
 
 
 def opened(trained, place, rows=None, **data):
