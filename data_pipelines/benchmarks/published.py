@@ -57,7 +57,8 @@ VIDEOMMMU_FOLDERS = {
     "Business": "Accounting Economics Finance Manage Marketing",
 }
 NEXTQA_TYPES = ("CW", "CH", "TN", "TP", "TC", "DC", "DL", "DO")
-_LETTERED = re.compile(r"([A-Z])[.)] ?")
+_VIDEOMME = ("video_id", "duration", "domain", "sub_category", "question_id", "task_type", "question", "options")
+_LETTERED = re.compile(r"([A-Z])[.):] ?")
 
 
 class Wrong(ValueError):
@@ -87,7 +88,12 @@ def lettered(options: list[str]) -> list[str]:
     return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
-def _choice(row: dict, field: str, options: list, answer: str, answer_field: str) -> dict:
+def bare(options) -> list[str]:
+    """Lettered options without their letters."""
+    return [option[match.end() :] if (match := _LETTERED.match(option)) else option for option in options]
+
+
+def _choice(field: str, options: list, answer: str, answer_field: str) -> dict:
     """The fields of a multiple choice question; `answer` is a letter."""
     if not 2 <= len(options) <= len(LETTERS):
         raise Wrong(field, f"holds {len(options)} options of a multiple choice question")
@@ -101,6 +107,10 @@ def _choice(row: dict, field: str, options: list, answer: str, answer_field: str
 
 def wrapped(answer) -> str:
     return f"<answer>{answer}</answer>"
+
+
+def unwrapped(solution: str) -> str:
+    return solution.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
 
 
 def _text(value) -> dict:
@@ -119,9 +129,10 @@ def vsibench(row: dict, name: str, keys: tuple) -> dict:
     kind = _get(row, "question_type", allowed=VSI_NUMBERS + VSI_CHOICES)
     scene = f"{_get(row, 'dataset')}/{_get(row, 'scene_name')}.mp4"
     truth = _get(row, "ground_truth", (str, int, float))
-    out = _video(_get(row, "id", (int, str)), _get(row, "question"), kind, (scene,), {"ground_truth": str(truth)})
+    published = {"ground_truth": str(truth), "number": kind in VSI_NUMBERS}
+    out = _video(_get(row, "id", (int, str)), _get(row, "question"), kind, (scene,), published)
     if kind in VSI_CHOICES:
-        return out | _choice(row, "options", row.get("options") or [], str(truth).strip(), "ground_truth")
+        return out | _choice("options", row.get("options") or [], str(truth).strip(), "ground_truth")
     try:
         float(truth)
     except ValueError:
@@ -132,13 +143,12 @@ def vsibench(row: dict, name: str, keys: tuple) -> dict:
 def videomme(row: dict, name: str, keys: tuple) -> dict:
     """Parquet or JSON: videoID, duration, domain, sub_category, question_id, task_type, question, options, answer."""
     video = _get(row, "videoID")
-    kept = ("video_id", "duration", "domain", "sub_category", "question_id", "task_type", "question", "options")
-    published = {field: row.get(field) for field in kept}
+    published = {field: row.get(field) for field in _VIDEOMME}
     published["answer"] = answer = _get(row, "answer")
     duration = _get(row, "duration", allowed=("short", "medium", "long"))
     paths = [f"{folder}{video}.mp4" for folder in ("data/", "video/", "videos/", "")]
     out = _video(_get(row, "question_id"), _get(row, "question"), _get(row, "task_type"), paths, published, duration)
-    return out | _choice(row, "options", row.get("options") or [], answer.strip(), "answer")
+    return out | _choice("options", row.get("options") or [], answer.strip(), "answer")
 
 
 def mmvu(row: dict, name: str, keys: tuple) -> dict:
@@ -154,7 +164,7 @@ def mmvu(row: dict, name: str, keys: tuple) -> dict:
     if kind == "open-ended":
         return out | _text(answer)
     choices = _get(row, "choices", dict)
-    return out | _choice(row, "choices", [choices[letter] for letter in sorted(choices)], str(answer).strip(), "answer")
+    return out | _choice("choices", [choices[letter] for letter in sorted(choices)], str(answer).strip(), "answer")
 
 
 def mvbench(row: dict, name: str, keys: tuple) -> dict:
@@ -167,14 +177,14 @@ def mvbench(row: dict, name: str, keys: tuple) -> dict:
     found = found or [i for i, text in enumerate(candidates) if str(text).strip() == answer.strip()]
     if not found:
         raise Wrong("answer", f"is {answer!r:.60}, none of the candidates")
-    published = {"candidates": candidates, "answer": answer}
+    published = {"candidates": candidates, "answer": candidates[found[0]]}
     paths = (f"{folder}/{video}", f"video/{folder}/{video}")
     out = _video(f"{name}/{keys[-1]}", _get(row, "question"), name, paths, published)
     if name == "episodic_reasoning":
         out |= {"data_type": "frame", "fps": 3}  # a folder of pictures, named 00001.jpg and on
     if cut:
         out |= {field: float(_get(row, field, (int, float))) for field in ("start", "end")}
-    return out | _choice(row, "candidates", candidates, LETTERS[found[0]], "answer")
+    return out | _choice("candidates", candidates, LETTERS[found[0]], "answer")
 
 
 def tempcompass(row: dict, name: str, keys: tuple) -> dict:
@@ -195,11 +205,11 @@ def tempcompass(row: dict, name: str, keys: tuple) -> dict:
     if name == "yes_no":
         if answer not in ("yes", "no"):
             raise Wrong("answer", f"is {answer!r:.40}, neither yes nor no")
-        return out | _choice(row, "question", ["yes", "no"], "A" if answer == "yes" else "B", "answer")
+        return out | _choice("question", ["yes", "no"], "A" if answer == "yes" else "B", "answer")
     if answer not in lines:
         raise Wrong("answer", f"is {answer!r:.60}, none of the question's options")
     texts = lines if name == "multi-choice" else [line.partition(": ")[2] for line in lines]
-    return out | _choice(row, "question", texts, LETTERS[lines.index(answer)], "answer")
+    return out | _choice("question", texts, LETTERS[lines.index(answer)], "answer")
 
 
 def videommmu(row: dict, name: str, keys: tuple) -> dict:
@@ -220,7 +230,7 @@ def videommmu(row: dict, name: str, keys: tuple) -> dict:
     out = _video(f"{track}/{keys[-1]}", problem, track, paths, published)
     if kind == "open":
         return out | _text(answer[0] if isinstance(answer, list) else answer)
-    return out | _choice(row, "options", options, str(answer).strip(), "answer")
+    return out | _choice("options", options, str(answer).strip(), "answer")
 
 
 def nextqa(row: dict, name: str, keys: tuple) -> dict:
@@ -232,10 +242,33 @@ def nextqa(row: dict, name: str, keys: tuple) -> dict:
         raise Wrong("answer", f"is {answer!r}, not the number of an option, 0 to 4")
     key = f"{video}_{qid}"
     paths = [f"{folder}{video}.mp4" for folder in ("NExTVideo/", "videos/", "")]
-    published = {"key": key, "type": kind, "answer": int(answer)}
-    out = _video(key, _get(row, "question"), kind, paths, published)
     options = [_get(row, f"a{i}") for i in range(5)]
-    return out | _choice(row, "a0..a4", options, LETTERS[int(answer)], "answer")
+    published = {"key": key, "type": kind, "answer": int(answer), "options": options}
+    out = _video(key, _get(row, "question"), kind, paths, published)
+    return out | _choice("a0..a4", options, LETTERS[int(answer)], "answer")
+
+
+def of_video_r1(benchmark: str, row: dict, kind: str) -> dict:
+    """`published` of a row in Video-R1's evaluation schema, as far as official scoring needs it."""
+    answer, texts = unwrapped(row["solution"]), bare(row.get("options") or [])
+    choice = row["problem_type"] == "multiple choice"
+    if benchmark == "vsibench":
+        return {"ground_truth": answer, "number": not choice}
+    if benchmark == "videomme":
+        return {field: row.get(field) for field in _VIDEOMME} | {"answer": answer, "options": row["options"]}
+    if benchmark == "mvbench":
+        right = dict(zip(LETTERS, texts, strict=False))
+        return {"candidates": texts, "answer": right.get(answer)}
+    if benchmark == "mmvu":
+        kind = "multiple-choice" if choice else "open-ended"
+        choices = dict(zip(LETTERS, texts, strict=False))
+        return {"id": row["problem_id"], "question_type": kind, "question": row["problem"], "choices": choices,
+                "answer": answer}  # fmt: skip
+    if benchmark == "videommmu":
+        name = row["path"].rpartition("/")[2].rpartition(".")[0]
+        return {"id": name, "track": kind, "options": texts, "answer": answer,
+                "type": "multiple-choice" if choice else "open"}  # fmt: skip
+    return {}
 
 
 def qvhighlights(row: dict, name: str, keys: tuple) -> dict:

@@ -110,15 +110,22 @@ def _file(benchmark: str, file: Path):
             video_r1 = "problem_type" in value and "solution" in value
         try:
             raw = _video_r1(benchmark, value) if video_r1 else form(value, name, keys)
-            kind = raw.get("problem_type")
-            if kind == "moment retrieval":  # the one type that is no question with an answer in words
-                raw["problem_type"] = "free-form"
-            record = sources.parse_record(raw, file, row, line)
-            yield _Origin(**{**vars(record), "problem_type": kind}, file=os.fspath(file))
+            yield _parsed(benchmark, raw, file, row, line)
         except published.Wrong as error:
             yield RecordError(file, row, error.field, error.reason, line)
         except RecordError as error:
             yield error
+
+
+def _parsed(benchmark: str, raw: dict, file: Path, row: int, line: int | None) -> _Origin:
+    kind = raw.get("problem_type")
+    if kind == "moment retrieval":  # the one type that is no question with an answer in words
+        raw = raw | {"problem_type": "free-form"}
+    record = sources.parse_record(raw, file, row, line)
+    if "published" not in record.extra:
+        fields = vars(record) | record.extra
+        record.extra["published"] = published.of_video_r1(benchmark, fields, raw["question_type"])
+    return _Origin(**vars(record) | {"problem_type": kind}, file=os.fspath(file))
 
 
 def _rows(file: Path, depth: int):
@@ -150,7 +157,8 @@ def _video_r1(benchmark: str, row: dict) -> dict:
     if row.get("problem_type") == "multiple choice" and found and len(options) > 1:
         if not any(str(option).startswith(found[1]) for option in options):
             raise published.Wrong("solution", f"is {found[1]}, the letter of none of the {len(options)} options")
-    return {**row, "question_type": kind, "duration": row.get("duration") or "", "paths": (path,)}
+    fields = {"question_type": kind, "duration": row.get("duration") or "", "paths": (path,)}
+    return {**row, **fields}
 
 
 def _once(records: list[_Origin], errors: list[RecordError]):
