@@ -71,8 +71,8 @@ def mvbench(text: str, published: dict) -> Verdict:
     right = [i for i, candidate in enumerate(published["candidates"]) if candidate == published["answer"]]
     sign = f"({LETTERS[right[-1]]})".lower()
     word = text.lower().split(" ")[0]
-    found = re.search(r"[a-z]", word)
-    return float(word.replace(".", "") in sign or sign in word), found[0].upper() if found else None
+    found = re.fullmatch(r"\(?([a-z])\)?[.:,]?", word)
+    return float(word.replace(".", "") in sign or sign in word), found[1].upper() if found else None
 
 
 def tempcompass(text: str, published: dict) -> Verdict:

@@ -40,8 +40,13 @@ def test_nextqa_compares_numbers_of_options():
 OPTIONS = ("A. a red disc", "B. two cats", "C. rain")
 
 
-@pytest.mark.parametrize("text", ["B", "b", "(B)", "B.", "B) two cats", "**B**", "\\boxed{B}", "$B$", "two cats",
-                                  "Two cats.", "The answer is B.", "answer: (B)", "Option B", "B: two cats", "B, I think"])  # fmt: skip
+SPELLINGS = (
+    "B", "b", "(B)", "B.", "B) two cats", "**B**", "\\boxed{B}", "$B$", "two cats", "Two cats.", "The answer is B.",
+    "answer: (B)", "Option B", "B: two cats", "B, I think",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
 def test_an_option_is_found_in_any_spelling(text):
     assert judging.option_letter(text, OPTIONS) == "B"
 
@@ -68,6 +73,9 @@ def test_strict_never_falls_back():
     assert strict("<answer>STOP</answer>", "STOP", "OCR") == (1.0, "STOP")
 
 
-@pytest.mark.parametrize(("predicted", "truth", "mra"), [(4, 4, 1.0), (3, 4, 0.6), (50, 100, 0.1), (0, 4, 0.0), (0, 0, 1)])
+MRA = [(4, 4, 1.0), (3, 4, 0.6), (50, 100, 0.1), (0, 4, 0.0), (0, 0, 1)]
+
+
+@pytest.mark.parametrize(("predicted", "truth", "mra"), MRA)
 def test_vsi_relative_accuracy_includes_its_bounds(predicted, truth, mra):
     assert judging.vsi_relative_accuracy(predicted, truth) == pytest.approx(mra)
