@@ -17,6 +17,8 @@ GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
+BENCHMARKS = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme", "nextqa")
+SCORING = ("videor1", "strict", "published")
 DTYPES = ("float32", "bfloat16")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
@@ -36,6 +38,8 @@ def base() -> ConfigDict:
     checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`;
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
     `question_tokens` and `answer_tokens` or half of them. `skip_bad` leaves out rows that cannot be used.
+    `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
+    data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`, layers recomputed with `remat`.
     """
@@ -64,6 +68,7 @@ def base() -> ConfigDict:
         "encoder": {"path": "", "pool": "mean"},
         "eval": {
             "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
+            "benchmark": "", "scoring": "videor1", "limit": 0,
         },
     })  # fmt: skip
 
@@ -110,7 +115,7 @@ def claim() -> ConfigDict:
 
 def on_files(config) -> bool:
     """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
-    return bool(config.data.train or config.model.size)
+    return bool(config.data.train or config.model.size or config.eval.benchmark)
 
 
 def completed(raw: dict) -> dict:
@@ -180,8 +185,9 @@ def validate(config: ConfigDict) -> None:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
     wrong += _file_problems(config) if on_files(config) else []
-    if config.eval.rule not in RULES:
-        wrong.append(f"eval.rule = {config.eval.rule!r}: choose one of {', '.join(RULES)}")
+    for key, known in (("rule", RULES), ("scoring", SCORING), ("benchmark", ("", *BENCHMARKS))):
+        if config.eval[key] not in known:
+            wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
     if config.init_from and not _holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []

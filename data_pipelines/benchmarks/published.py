@@ -6,6 +6,7 @@ Every function takes (row, name of the file without suffix, keys it lies under) 
     question_type     the row of the per-type table
     duration          the benchmark's own class of video length, "" where it has none
     paths             where the video may lie under the data root, the first that exists is used
+    clip              (start, end) in seconds, where the question is about a part of the video only
     published         {name: value} of the original row that its official scoring or submission needs
 
 Schemas: github.com/vision-x-nyu/thinking-in-space (VSI-Bench), EvolvingLMMs-Lab/VideoMMMU, yale-nlp/MMVU,
@@ -183,7 +184,7 @@ def mvbench(row: dict, name: str, keys: tuple) -> dict:
     if name == "episodic_reasoning":
         out |= {"data_type": "frame", "fps": 3}  # a folder of pictures, named 00001.jpg and on
     if cut:
-        out |= {field: float(_get(row, field, (int, float))) for field in ("start", "end")}
+        out["clip"] = tuple(float(_get(row, field, (int, float))) for field in ("start", "end"))
     return out | _choice("candidates", candidates, LETTERS[found[0]], "answer")
 
 

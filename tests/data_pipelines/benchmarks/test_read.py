@@ -72,7 +72,7 @@ def test_mvbench_folder_knows_task_and_cut(tmp_path):
     indented(tmp_path / "action_sequence.json", [MVBENCH])
     indented(tmp_path / "state_change.json", [MVBENCH, MVBENCH | {"answer": "y "}])
     first, second, third = read("mvbench", tmp_path).records
-    assert (first.extra["start"], first.extra["end"]) == (1.5, 9.0) and "start" not in second.extra
+    assert first.extra["clip"] == (1.5, 9.0) and "clip" not in second.extra
     assert first.path == "star/Charades_v1_480/v.mp4" and first.solution == third.solution == "<answer>B</answer>"
     assert [r.extra["question_type"] for r in (first, second)] == ["action_sequence", "state_change"]
     assert first.options == ("A. x", "B. y")

@@ -1,0 +1,96 @@
+"""A tiny checkpoint on a benchmark of real videos: answered, interrupted, resumed, scored by every rule, reported."""
+
+import json
+import shutil
+
+import pytest
+from test_records import tiny_model
+
+from marc_jax import settings
+from marc_jax.config import ConfigError
+from marc_jax.evaluation import harness
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, test_data):
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "videos" / "data").mkdir(parents=True)
+    for name in ("bikes", "dog"):
+        shutil.copyfile(test_data / "videos" / f"{name}.mp4", folder / "videos" / "data" / f"{name}.mp4")
+    row = {
+        "video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Law", "videoID": "bikes",
+        "task_type": "Counting Problem", "question": "How many?", "options": ["A. 1.", "B. 2.", "C. 3.", "D. 4."],
+        "answer": "C",
+    }  # fmt: skip
+    rows = [row | {"question_id": str(i), "videoID": ("bikes", "dog")[i % 2]} for i in range(5)]
+    rows[4] |= {"videoID": "gone", "duration": "long"}
+    (folder / "q.json").write_text(json.dumps(rows, indent=1))
+    tiny_model(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def config(place, repo):
+    overrides = {
+        "data.test": str(place / "q.json"), "data.root": str(place / "videos"),
+        "data.max_frames": 8, "data.buckets": (2, 4), "data.frame_tokens": 8, "data.fps": 1.0, "data.workers": 0,
+        "data.question_tokens": 512, "max_new_tokens": 4, "eval.batch": 8, "model.dtype": "float32",
+        "model.frozen_dtype": "float32", "data.memory": str(place / "memory"),
+    }  # fmt: skip
+    told = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return settings.experiment(f"{repo}/experiments/eval_benchmark.py:videomme", told).copy_and_resolve_references()
+
+
+def test_rows_that_cannot_be_used_stop_the_evaluation_and_are_listed(config, place, tmp_path):
+    with pytest.raises(ConfigError, match="1 of 5 rows cannot be used.*skip_bad=True") as caught:
+        harness.evaluate(config, str(place / "model"), tmp_path, ["full"])
+    assert "line 8" in str(caught.value) or "row 4" in str(caught.value)
+    (listed,) = [json.loads(line) for line in (tmp_path / "bad_rows.jsonl").read_text().splitlines()]
+    assert listed["row"] == 4 and listed["field"] == "path" and listed["line"] > 1
+
+
+def test_an_evaluation_resumes_where_it_was_killed(config, place, tmp_path):
+    config.data.skip_bad = True
+    arms, model = ["full", "blind"], str(place / "model")
+    results = harness.evaluate(config, model, tmp_path / "a", arms)
+    own = {arm["key"]: arm for arm in results["arms"] if "paper" not in arm["key"]}
+    assert set(own) == {"full", "blind"} and own["full"]["n"] == 4
+    assert own["full"]["visual_tokens"] > own["blind"]["visual_tokens"] == 0
+    assert set(results["scores"]) == {"videor1", "strict", "published"}
+    assert results["split"].startswith("4 of the 5 questions")
+    lines = (tmp_path / "a" / "predictions" / "full.jsonl").read_text().splitlines()
+    assert {json.loads(line)["problem_id"] for line in lines} == {"0", "1", "2", "3"}
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "MARC-3B, 1 frame (paper)" in report and "By length of the video" in report and "Cost" in report
+    assert json.loads((tmp_path / "a" / "submission" / "full" / "output_videomme.json").read_text())
+
+    # Killed in the middle of a line: what was whole stays as it is, the rest is answered again.
+    file = tmp_path / "a" / "predictions" / "full.jsonl"
+    first = json.loads(lines[0]) | {"completion": "kept"}
+    file.write_text(json.dumps(first) + "\n" + lines[1][:20])
+    again = harness.evaluate(config, model, tmp_path / "a", arms)
+    found = {json.loads(line)["problem_id"]: json.loads(line) for line in file.read_text().splitlines()}
+    assert len(found) == 4 and found[first["problem_id"]]["completion"] == "kept"
+    before = {json.loads(line)["problem_id"]: json.loads(line)["completion"] for line in lines}
+    assert all(found[i]["completion"] == text for i, text in before.items() if i != first["problem_id"])
+    assert again["scores"]["strict"]["full"]["n"] == 4
+
+    compared = harness.evaluate(config, model, tmp_path / "b", ["blind"], against=str(tmp_path / "a"))
+    assert {c["b"] for c in compared["comparisons"]} == {"against full", "against blind"}
+    assert next(c for c in compared["comparisons"] if c["b"] == "against blind")["difference"] == 0
+
+    config.max_new_tokens = 5
+    with pytest.raises(ConfigError, match="made with other decoding"):
+        harness.evaluate(config, model, tmp_path / "a", arms)
+
+
+def test_what_cannot_be_is_said_before_anything_is_read(config, place, tmp_path):
+    with pytest.raises(ConfigError, match="arms marc retrieve.*--arms=blind,full,whole"):
+        harness.evaluate(config, str(place / "model"), tmp_path, ["marc"])
+    with pytest.raises(ConfigError, match="'half' is not one of"):
+        harness.evaluate(config, str(place / "model"), tmp_path, ["half"])
+    with pytest.raises(ConfigError, match="--against.*no finished evaluation"):
+        harness.evaluate(config, str(place / "model"), tmp_path, ["full"], against=str(tmp_path))
+    config.data.root = ""
+    with pytest.raises(ConfigError, match="config.data.root"):
+        harness.evaluate(config, str(place / "model"), tmp_path, ["full"])
