@@ -1,6 +1,6 @@
 """One checkpoint on one benchmark: every arm of the config answers its questions, then one report.
 
-    <out>/predictions/<arm>.jsonl     a line per question as soon as its batch is answered; a restart goes on behind them
+    <out>/predictions/<arm>.jsonl     a line per question as soon as its batch is answered; a restart goes on there
     <out>/submission/<arm>/...        the same in the benchmark's own form
     <out>/bad_rows.jsonl              rows and videos that cannot be used
     <out>/report.html, .md, results.json
@@ -40,7 +40,7 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
       checkpoint: a folder of published weights, of a converted checkpoint, or of a training stage.
       arms: of config.eval.arms; default all.
       out: where everything goes; the same command there goes on where it stopped.
-      against: `out` of another evaluation of the same benchmark, whose arms are compared with these question by question.
+      against: `out` of another evaluation of the same benchmark, whose arms are compared with the main one.
     Raises:
       ConfigError: what the user can mend, in one message. LockedError: another process writes there.
     """
