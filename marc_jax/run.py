@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from data_pipelines.synthetic import build
 from data_pipelines.synthetic.scenes import Difficulty
 from marc_jax import checkpoint, locks, metrics, optim, pretrained, settings, sharding
+from marc_jax import config as configs
 from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
@@ -277,10 +278,7 @@ def prepare(config, workdir: Path) -> Run:
     check_sources(config)
     partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
     if settings.on_files(config):
-        for key, value in (("init_from", config.init_from), ("data.train", config.data.train)):
-            if not value:
-                what = "a folder of published weights" if key == "init_from" else "a question file (Video-R1's JSON)"
-                raise ConfigError(f"config.{key} = '': training on files needs {what}")
+        _check_given(config)
         pretrained.tokenizer(config.init_from).save(partial)
     else:
         build_set(config, data_folder(config, workdir))
@@ -290,6 +288,18 @@ def prepare(config, workdir: Path) -> Run:
     check_sources(config, run.cfg)
     pretrained.fits(run.cfg, run.tokenizer)
     return run
+
+
+def _check_given(config) -> None:
+    """What training on files needs and no preset can know."""
+    needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
+    kinds = {config[name].kind for name in config.stages}
+    used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
+    if "retriever" not in kinds and any(config.views[name].select == "retrieve" for name in used):
+        needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
+    given = configs.flat(config)
+    if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
+        raise ConfigError(f"training on files needs {'; '.join(missing)}")
 
 
 def build_set(config, folder: Path) -> None:

@@ -261,8 +261,7 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     if c.view not in config.views:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
     elif config.views[c.view].select == "retrieve" and not _can_retrieve(config, done):
-        also = ", and config.encoder.path names no encoder" if on_files(config) else ""
-        wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it{also}")
+        wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
     if c.kind in ("distill", "cgrpo"):
@@ -282,8 +281,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
 
 
 def _can_retrieve(config, done: list[str]) -> bool:
-    trained = "retriever" in {config[name].kind for name in done if name in config}
-    return trained or (on_files(config) and bool(config.encoder.path))
+    """On files an encoder may do it, which `run.prepare` asks for."""
+    return on_files(config) or "retriever" in {config[name].kind for name in done if name in config}
 
 
 def _holds_weights(source: str) -> bool:

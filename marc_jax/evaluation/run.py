@@ -204,7 +204,7 @@ def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
     completion = run.tokenizer.decode(tokens.tolist())
     stopped = bool(len(tokens)) and int(tokens[-1]) in run.tokenizer.stop_ids
     verdict = judging.judge(completion, record["solution"], record["problem_type"], rule=run.config.eval.rule)
-    soft = {"score": verdict["score"]} if settings.on_files(run.config) else {}
+    soft = {"score": verdict["score"], "options": record["options"]} if settings.on_files(run.config) else {}
     fields = ("problem_id", "question_type", "problem_type", "solution")  # chance: from the distinct solutions
     return {
         **{name: record[name] for name in fields}, "video": record["path"], "completion": completion,
