@@ -125,11 +125,18 @@ def parse_record(raw, file, row: int, line: int | None = None) -> Record:
 
 
 def load_records(file, *, errors: list | None = None) -> list[Record]:
-    """Reads a question file (JSON list, JSON lines, CSV or Parquet).
+    """Reads a question file (JSON list, JSON lines, CSV or Parquet), or the "train" split of a `video_r1` set's folder.
 
     With `errors` given, a RecordError of each bad row is appended to it and the row is left out (`Record.row` keeps
     the numbering of the file); otherwise the first one is raised. A file that cannot be parsed at all always raises.
     """
+    if os.path.isdir(file):
+        from data_pipelines.video_r1.read import Stored  # which knows this module
+
+        try:
+            return list(Stored(file))
+        except ValueError as error:
+            raise RecordError(file, None, None, str(error)) from None
     records = []
     for row, line, raw in read_rows(file):
         try:
