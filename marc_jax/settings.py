@@ -114,8 +114,8 @@ def claim() -> ConfigDict:
 
 
 def on_files(config) -> bool:
-    """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
-    return bool(config.data.train or config.model.size or config.eval.benchmark)
+    """Whether a run is of a published model on files of one's own, and not the synthetic set's."""
+    return bool(config.data.train or config.data.test or config.model.size or config.eval.benchmark)
 
 
 def completed(raw: dict) -> dict:

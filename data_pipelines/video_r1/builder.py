@@ -2,9 +2,9 @@
 
     build("Video-R1-260k.json", root="VIDEOS", out="DATA")          # DATA/video_r1/1.0.0/*.array_record
 
-Every row of the question file becomes one example: Video-R1's fields, the rest of the row as JSON, and the medium's path
-or, with `media="bytes"`, the encoded file itself. Pictures and frames are never stored decoded: TFDS' Image and Video
-features need TensorFlow, and the readers here decode better.
+Every row of the question file becomes one example: Video-R1's fields, the rest of the row as JSON, and the medium's
+path or, with `media="bytes"`, the encoded file itself. Pictures and frames are never stored decoded: TFDS' Image and
+Video features need TensorFlow, and the readers here decode better.
 """
 
 import contextlib

@@ -52,7 +52,7 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
     questions = numbered(_read(config, out), config.eval.limit)
     out.mkdir(parents=True, exist_ok=True)
     with locks.held(out / ".lock", f"the evaluation in {out}"):
-        here = _surroundings(config, out)
+        here = surroundings(config, out)
         test = records.over_memory(here, config.data.test, questions.records, STYLE)
         ready = time.monotonic()
         params = here.parameters("")
@@ -120,7 +120,8 @@ def _digest(questions: Questions) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def _surroundings(config, out: Path) -> runs.Run:
+def surroundings(config, out: Path) -> runs.Run:
+    """A run's surroundings around config.init_from alone: no training came before."""
     pretrained.check(config.init_from)
     pretrained.tokenizer(config.init_from).save(out / "tokenizer.json")
     here = runs.surroundings(config, out)

@@ -83,7 +83,8 @@ def test_bad_rows_stop_the_build_and_nothing_stays(place):
 
 def test_neither_building_nor_reading_loads_tensorflow(place, repo):
     code = (
-        "import sys\nfrom data_pipelines.video_r1.builder import build\nfrom data_pipelines.video_r1.read import Stored\n"
+        "import sys\nfrom data_pipelines.video_r1.builder import build\n"
+        "from data_pipelines.video_r1.read import Stored\n"
         f"folder, _ = build({str(place / 'q.json')!r}, root={str(place / 'root')!r}, out={str(place / 'out')!r})\n"
         "print(len(Stored(folder)), [m for m in ('tensorflow', 'torch', 'jax') if m in sys.modules])"
     )

@@ -94,3 +94,17 @@ def test_what_cannot_be_is_said_before_anything_is_read(config, place, tmp_path)
     config.data.root = ""
     with pytest.raises(ConfigError, match="config.data.root"):
         harness.evaluate(config, str(place / "model"), tmp_path, ["full"])
+
+
+def test_questions_in_ones_own_words(place, tmp_path):
+    from marc_jax.evaluation.direct import Direct
+
+    options = {"max_frames": 4, "fps": 1.0, "frame_tokens": 8, "batch": 8, "question_tokens": 64, "dtype": "float32"}
+    with pytest.raises(ConfigError, match="name an encoder"):
+        Direct(str(place / "model"), tmp_path, view="marc", **options)
+    direct = Direct(str(place / "model"), tmp_path, **options)
+    dog, bikes = (str(place / "videos" / "data" / f"{name}.mp4") for name in ("dog", "bikes"))
+    said = direct.answer([("What?", dog), ("What?", bikes), ("Who is there?", dog)], 3)
+    assert len(said) == 3 and direct.answer([("What?", dog)], 3) == said[:1]
+    with pytest.raises(ConfigError, match="does not exist"):
+        direct.answer([("What?", "/no/such/file.mp4")], 3)
