@@ -8,7 +8,7 @@ The name behind the colon and data.test (the published annotations, or Video-R1'
     vsibench      test.jsonl, or the Parquet file            videomme      test-00000-of-00001.parquet
     videommmu     the folder of <track>_video.json           mmvu          validation.json
     mvbench       the folder json/                           nextqa        val.csv
-    tempcompass   the folder questions/
+    tempcompass   the folder questions/                      qvhighlights  highlight_val_release.jsonl (retrieval)
 
 The paper's numbers (arXiv 2510.07915, 3B): 64 frames 32.93 35.33 48.64 44.77 38.05 53.55, MARC at one frame 27.55 33.11
 51.99 45.82 55.34 39.44 on VSI-Bench, VideoMMMU, MMVU, MVBench, TempCompass, Video-MME; the report has them beside ours.

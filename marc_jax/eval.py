@@ -52,10 +52,14 @@ def main() -> None:
 
 
 def on_benchmark(config) -> None:
-    from marc_jax.evaluation import harness
+    from marc_jax.evaluation import grounding, harness
 
     config.data.skip_bad |= flags.FLAGS.skip_bad
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval" / config.eval.benchmark)
+    if config.eval.benchmark == "qvhighlights":
+        for name, value in grounding.evaluate(config, flags.FLAGS.checkpoint, out)["metrics"].items():
+            print(f"{value:6.2f}  {name}")
+        return
     results = harness.evaluate(config, flags.FLAGS.checkpoint, out, flags.FLAGS.arms, flags.FLAGS.against)
     show({"arms": [arm for arm in results["arms"] if arm.get("headline")]})
     print(f"report: {out / 'report.html'}")

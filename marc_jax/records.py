@@ -106,6 +106,11 @@ class Records:
         heads = (self._memory.head(media_key(record)) for record in self._records)
         return [(bucket(len(head.seconds), self._buckets), float(head.extra.get("duration", 0.0))) for head in heads]
 
+    def events(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds [E, 2], similarity to the question [E]) of the events of question i's video."""
+        entry, query_d = self._memory.head(media_key(self._records[i])), self._query_nd[i]
+        return entry.event_seconds, encoders.nearest_frames(entry.event_embeddings, query_d) @ query_d
+
     def files(self, asked: Asked) -> list[list[str]]:
         """The file of each question."""
         return [[record.path for record in row] for row in asked.questions_bg]

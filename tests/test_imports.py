@@ -63,6 +63,7 @@ ABOVE = {
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.harness": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.grounding": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.direct": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.single": ("data_pipelines", "marc_jax"),
     "marc_jax.archive": ("data_pipelines", "marc_jax"),

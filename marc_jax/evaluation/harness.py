@@ -49,7 +49,7 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
     config.init_from = checkpoint
     arms = _chosen(config, arms)
     others = _others(against, config.eval.benchmark) if against else {}
-    questions = numbered(_read(config, out), config.eval.limit)
+    questions = numbered(read_questions(config, out), config.eval.limit)
     out.mkdir(parents=True, exist_ok=True)
     with locks.held(out / ".lock", f"the evaluation in {out}"):
         here = surroundings(config, out)
@@ -80,7 +80,11 @@ def _chosen(config, arms: Sequence[str]) -> list[str]:
     return arms
 
 
-def _read(config, out: Path) -> Questions:
+def read_questions(config, out: Path) -> Questions:
+    """The questions of config.eval.benchmark; rows that cannot be used are in `<out>/bad_rows.jsonl`.
+
+    Raises ConfigError: such rows without config.data.skip_bad, a file that cannot be read, nothing left.
+    """
     data = config.data
     if not data.test or not data.root:
         raise ConfigError("config.data.test (annotations, a file or folder) and config.data.root (videos) are required")

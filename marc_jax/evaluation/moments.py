@@ -37,7 +37,8 @@ def evaluate(predictions: Sequence[Mapping], truths: Sequence[Mapping]) -> dict[
     out = {}
     if all("pred_relevant_windows" in row for row in predictions):
         out |= _moments(said, true)
-    if all("pred_saliency_scores" in row for row in predictions):
+    judged = all(row.get("saliency_scores") is not None for row in truths)  # not in other sets of this schema
+    if judged and all("pred_saliency_scores" in row for row in predictions):
         out |= _highlights(said, true)
     if not out:
         raise ValueError("the predictions hold neither pred_relevant_windows nor pred_saliency_scores")

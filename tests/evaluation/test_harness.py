@@ -108,3 +108,39 @@ def test_questions_in_ones_own_words(place, tmp_path):
     assert len(said) == 3 and direct.answer([("What?", dog)], 3) == said[:1]
     with pytest.raises(ConfigError, match="does not exist"):
         direct.answer([("What?", "/no/such/file.mp4")], 3)
+
+
+def test_events_as_moments(place, tmp_path, repo, config):
+    from test_end_to_end import tiny_encoder
+
+    from marc_jax.evaluation import grounding
+
+    tiny_encoder(tmp_path / "pe")
+    shutil.copyfile(place / "videos" / "data" / "dog.mp4", place / "videos" / "dog.mp4")
+    row = {"query": "A dog.", "duration": 10, "vid": "dog", "relevant_windows": [[0, 4]], "relevant_clip_ids": [0, 1],
+           "saliency_scores": [[4, 3, 2], [1, 4, 3]]}  # fmt: skip
+    rows = [row | {"qid": 1}, row | {"qid": 2, "relevant_windows": [[2, 1]]}]
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config.eval.benchmark, config.data.test, config.data.skip_bad = "qvhighlights", str(tmp_path / "val.jsonl"), True
+    config.data.memory = ""
+    with pytest.raises(ConfigError, match="encoder"):
+        grounding.evaluate(config, str(place / "model"), tmp_path / "out")
+    config.encoder.path = str(tmp_path / "pe")
+    found = grounding.evaluate(config, str(place / "model"), tmp_path / "out")
+    assert (found["n"], found["total"]) == (1, 2) and 0 <= found["metrics"]["MR-full-R1@0.5"] <= 100
+    (line,) = (tmp_path / "out" / "hl_submission.jsonl").read_text().splitlines()
+    said = json.loads(line)
+    scores = [score for _, _, score in said["pred_relevant_windows"]]
+    assert said["qid"] == 1 and scores == sorted(scores, reverse=True) and len(said["pred_saliency_scores"]) == 5
+    assert "1 of 2 queries" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_events_become_windows_and_clips():
+    import numpy as np
+
+    from marc_jax.evaluation import grounding
+
+    truth = {"qid": 1, "query": "q", "vid": "v", "duration": 10}
+    said = grounding.predicted(truth, np.array([[0.0, 4.0], [6.0, 10.0]]), np.array([0.2, 0.9]))
+    assert said["pred_relevant_windows"] == [[6.0, 10.0, 0.9], [0.0, 4.0, 0.2]]
+    assert said["pred_saliency_scores"] == pytest.approx([0.2, 0.2, -0.8, 0.9, 0.9])
