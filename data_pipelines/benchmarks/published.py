@@ -245,7 +245,8 @@ def nextqa(row: dict, name: str, keys: tuple) -> dict:
     paths = [f"{folder}{video}.mp4" for folder in ("NExTVideo/", "videos/", "")]
     options = [_get(row, f"a{i}") for i in range(5)]
     published = {"key": key, "type": kind, "answer": int(answer), "options": options}
-    out = _video(key, _get(row, "question"), kind, paths, published)
+    group = "TN" if kind == "TP" else kind  # before and after are one row of the published table
+    out = _video(key, _get(row, "question"), group, paths, published)
     return out | _choice("a0..a4", options, LETTERS[int(answer)], "answer")
 
 
