@@ -61,7 +61,7 @@ def on_benchmark(config) -> None:
             print(f"{value:6.2f}  {name}")
         return
     results = harness.evaluate(config, flags.FLAGS.checkpoint, out, flags.FLAGS.arms, flags.FLAGS.against)
-    show({"arms": [arm for arm in results["arms"] if arm.get("headline")]})
+    show({"arms": [arm for arm in results["arms"] if (arm.get("headline") or {}).get("accuracy") is not None]})
     print(f"report: {out / 'report.html'}")
 
 

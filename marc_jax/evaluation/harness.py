@@ -92,8 +92,9 @@ def read_questions(config, out: Path) -> Questions:
         questions = read(config.eval.benchmark, data.test, root=data.root, skip_bad=data.skip_bad)
     except BadRows as error:
         _list_bad(out, error.errors)
-        message = str(error).replace("--skip_bad", "--config.data.skip_bad=True")
-        raise ConfigError(f"{message}\nall are in {out / 'bad_rows.jsonl'}") from None
+        count, *rows = str(error).splitlines()
+        print("\n".join(rows), file=sys.stderr)
+        raise ConfigError(f"{count}; all are in {out / 'bad_rows.jsonl'}") from None
     except sources.RecordError as error:
         raise ConfigError(str(error)) from None
     if questions.errors:

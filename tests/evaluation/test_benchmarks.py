@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.benchmarks.read import read
 from data_pipelines.sources import Record
-from marc_jax.evaluation import benchmarks, intervals, report, submissions
+from marc_jax.evaluation import benchmarks, intervals, report, submissions, table
 
 DIRECTIONS = [f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")]
 
@@ -158,3 +158,22 @@ def test_submissions_in_the_published_forms(test_data):
     assert json.loads(made["vsibench/samples.jsonl"].splitlines()[0])["doc"]["ground_truth"]
     (line,) = submissions.moments([{"qid": 1, "pred_relevant_windows": [[0, 1, 1]], "x": 2}]).values()
     assert json.loads(line) == {"qid": 1, "pred_relevant_windows": [[0, 1, 1]]}
+
+
+def test_one_table_of_several_benchmarks(tmp_path, capsys):
+    def finished(name, accuracy, n, **more):
+        scores = {rule: {"own": {"accuracy": accuracy, "ci95": None, "n": n, "visual_tokens": 120.0}}
+                  for rule in benchmarks.RULES}  # fmt: skip
+        (tmp_path / name).mkdir()
+        result = {"benchmark": name, "arms": [{"key": "own", "label": "ours"}], "scores": scores} | more
+        (tmp_path / name / "results.json").write_text(json.dumps(result))
+        return str(tmp_path / name)
+
+    folders = [finished("mmvu", 40.0, 1000), finished("vsibench", 30.0, 250)]
+    assert table.main([*folders, f"--out={tmp_path / 't.md'}"]) == 0
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert "VSI-Bench (250 of 5130) | MMVU |" in lines[0]  # the paper's order
+    assert "| ours | 120.0 | 30.00 | 40.00 | 35.00 |" in lines
+    assert "| MARC-3B, 1 frame (paper) | 122.7 | 27.55 | 51.99 | 39.77 |" in lines
+    assert table.main([folders[0], folders[0]]) == 2 and table.main([str(tmp_path)]) == 2
+    assert "no finished evaluation" in capsys.readouterr().err
