@@ -33,6 +33,7 @@ from marc_jax.memory.shots import Shots
 from marc_jax.run import Run, chosen_encoder
 
 FLUSH = 256  # files after which the memory's shard is completed
+FOLDER_RATE = 3.0  # pictures per second of a folder that does not say; TVQA's in MVBench
 READERS = 4  # threads that read a batch's features
 
 
@@ -271,10 +272,15 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
 
 
 def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+    start, end = clip_of(record) or (None, None)
+    if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
+        told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+        sha256 = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        rate = float(record.extra.get("fps") or FOLDER_RATE)
+        return worker.decode(folder, sha256, functools.partial(video.read_folder, rate=rate, start=start, end=end))
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    start, end = clip_of(record) or (None, None)
     return worker.decode(path, read=functools.partial(video.read_frames, start=start, end=end))
 
 

@@ -157,8 +157,8 @@ def _video_r1(benchmark: str, row: dict) -> dict:
     if row.get("problem_type") == "multiple choice" and found and len(options) > 1:
         if not any(str(option).startswith(found[1]) for option in options):
             raise published.Wrong("solution", f"is {found[1]}, the letter of none of the {len(options)} options")
-    fields = {"question_type": kind, "duration": row.get("duration") or "", "paths": (path,)}
-    return {**row, **fields}
+    paths = (path, path.removesuffix(".mp4")) if row.get("data_type") == "frame" else (path,)
+    return {**row, "question_type": kind, "duration": row.get("duration") or "", "paths": paths}
 
 
 def _once(records: list[_Origin], errors: list[RecordError]):

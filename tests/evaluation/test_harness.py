@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from test_records import tiny_model
 
@@ -136,11 +137,32 @@ def test_events_as_moments(place, tmp_path, repo, config):
 
 
 def test_events_become_windows_and_clips():
-    import numpy as np
-
     from marc_jax.evaluation import grounding
 
     truth = {"qid": 1, "query": "q", "vid": "v", "duration": 10}
     said = grounding.predicted(truth, np.array([[0.0, 4.0], [6.0, 10.0]]), np.array([0.2, 0.9]))
     assert said["pred_relevant_windows"] == [[6.0, 10.0, 0.9], [0.0, 4.0, 0.2]]
     assert said["pred_saliency_scores"] == pytest.approx([0.2, 0.2, -0.8, 0.9, 0.9])
+
+
+def test_clips_and_folders_of_pictures(place, tmp_path, config):
+    import cv2
+
+    root = tmp_path / "videos"
+    (root / "star" / "Charades_v1_480").mkdir(parents=True)
+    shutil.copyfile(place / "videos" / "data" / "dog.mp4", root / "star" / "Charades_v1_480" / "v.mp4")
+    pictures = root / "tvqa" / "frames_fps3_hq" / "s01"
+    pictures.mkdir(parents=True)
+    for number in range(1, 25):
+        cv2.imwrite(str(pictures / f"{number:05d}.jpg"), np.full((60, 80, 3), 9 * number, np.uint8))
+    row = {"question": "What?", "candidates": ["x", "y"], "answer": "y", "start": 0.5, "end": 3}
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "action_sequence.json").write_text(json.dumps(
+        [row | {"video": "v.mp4"}, row | {"video": "v.mp4", "start": 2, "end": 6}]
+    ))  # fmt: skip
+    (tmp_path / "json" / "episodic_reasoning.json").write_text(json.dumps([row | {"video": "s01"}]))
+    config.eval.benchmark, config.data.test, config.data.root = "mvbench", str(tmp_path / "json"), str(root)
+    config.data.memory = str(tmp_path / "memory")
+    found = harness.evaluate(config, str(place / "model"), tmp_path / "out", ["whole"])
+    assert found["scores"]["strict"]["whole"]["n"] == 3 and not (tmp_path / "out" / "bad_rows.jsonl").exists()
+    assert set(found["scores"]["strict"]["whole"]["per_type"]) == {"action_sequence", "episodic_reasoning"}
