@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from marc_jax import config as configs
 from marc_jax.config import ConfigError
+from marc_jax.evaluation import benchmarks
 
 SELECT = ("all", "retrieve", "random", "none")
 METHOD = ("keep", "merge", "per_event", "mean", "pooled")
@@ -17,8 +18,6 @@ GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
-BENCHMARKS = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme", "nextqa", "qvhighlights")
-SCORING = ("videor1", "strict", "published")
 DTYPES = ("float32", "bfloat16")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
@@ -185,7 +184,7 @@ def validate(config: ConfigDict) -> None:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
     wrong += _file_problems(config) if on_files(config) else []
-    for key, known in (("rule", RULES), ("scoring", SCORING), ("benchmark", ("", *BENCHMARKS))):
+    for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
         if config.eval[key] not in known:
             wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
     if config.init_from and not _holds_weights(config.init_from):

@@ -69,9 +69,7 @@ def read(benchmark: str, file, *, root=None, skip_bad: bool = False) -> Question
     """
     if benchmark not in FORMS:
         raise ValueError(f"benchmark {benchmark!r} is not one of {', '.join(FORMS)}")
-    files = sorted(f for f in Path(file).iterdir() if f.suffix in _SUFFIXES) if os.path.isdir(file) else [Path(file)]
-    if benchmark == "tempcompass":
-        files = [f for f in files if f.stem != "meta_info"]
+    files = _files(Path(file))
     if not files:
         raise RecordError(file, None, None, f"holds no file ending in {', '.join(_SUFFIXES)}")
     records, errors, total = [], [], 0
@@ -89,6 +87,14 @@ def read(benchmark: str, file, *, root=None, skip_bad: bool = False) -> Question
     return Questions(benchmark, records, errors, total)
 
 
+def _files(place: Path) -> list[Path]:
+    """The file itself, or those of a folder; Parquet also in the folders in it, one for each task."""
+    if not place.is_dir():
+        return [place]
+    found = [f for f in place.iterdir() if f.suffix in _SUFFIXES and f.stem != "meta_info"]  # TempCompass' is no task
+    return sorted([*found, *place.glob("*/*.parquet")])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Origin(sources.Record):
     """A record that still knows its file."""
@@ -98,7 +104,7 @@ class _Origin(sources.Record):
 
 def _file(benchmark: str, file: Path):
     form, depth = FORMS[benchmark]
-    name, video_r1 = file.stem.removesuffix("_release"), None
+    name, video_r1 = file.parent.name if file.suffix == ".parquet" else file.stem, None
     for row, line, keys, value in _rows(file, depth):
         if isinstance(value, RecordError):
             yield value

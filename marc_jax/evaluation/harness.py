@@ -62,9 +62,10 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
             said[arm] = _answered(here, params, test, questions, arm, identity, out)
         timings = {"memory": ready - begun, "answers": time.monotonic() - ready}
         results = assemble(config, questions, said, timings, others)
-        _submit(config.eval.benchmark, questions, said, out)
         results["predictions"] = {arm: str((out / "predictions" / f"{arm}.jsonl").resolve()) for arm in said}
-        report.write(out, results)
+        if jax.process_index() == 0:
+            _submit(config.eval.benchmark, questions, said, out)
+            report.write(out, results)
     return results
 
 
@@ -178,11 +179,13 @@ def _resumed(path: Path, made_with: dict) -> dict:
         before = json.loads(told.read_text())
         differ = [name for name, value in json.loads(text).items() if before.get(name) != value]
         raise ConfigError(f"{path} was made with other {', '.join(differ)}; give another --out, or remove it")
-    report.write_text(told, text)
+    first = jax.process_index() == 0
+    if first:
+        report.write_text(told, text)
     if not path.exists():
         return {}
     rows = report.read_jsonl(path)
-    if rows and not path.read_text(encoding="utf-8").endswith("\n"):
+    if first and rows and not path.read_text(encoding="utf-8").endswith("\n"):
         report.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {row["problem_id"]: row for row in rows}
 

@@ -68,6 +68,18 @@ def test_videomme_parquet(tmp_path):
     assert [r.problem_id for r in records] == ["001-1", "2"] and records[0].line is None
 
 
+def test_parquet_files_are_of_the_task_of_their_folder(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for task, answer in (("yes_no", "no"), ("captioning", "B. run")):
+        (tmp_path / task).mkdir()
+        rows = [{"video_id": "77", "dim": "action", "question": "Is it?", "answer": answer}] * 2
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / task / "test-00000-of-00001.parquet")
+    found = [r.problem_id for r in read("tempcompass", tmp_path).records]
+    assert found == [f"{task}/77/action/{i}" for task in ("captioning", "yes_no") for i in (0, 1)]
+
+
 def test_mvbench_folder_knows_task_and_cut(tmp_path):
     indented(tmp_path / "action_sequence.json", [MVBENCH])
     indented(tmp_path / "state_change.json", [MVBENCH, MVBENCH | {"answer": "y "}])
