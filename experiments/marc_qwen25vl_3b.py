@@ -4,6 +4,23 @@
         --config.init_from=Qwen2.5-VL-3B-Instruct --config.encoder.path=weights/pe-l14 \\
         --config.data.train=Video-R1-260k.json --config.sft.file=Video-R1-COT-165k.json \\
         --config.data.root=VIDEOS --config.data.test=eval_videomme.json
+
+Every stage's settings are Video-R1's (learning rate 1e-6, cosine, AdamW, weight decay 0.01, clip 5, beta 0.04, G = 8,
+768 new tokens) over MARC's amount of data: 312 steps of 16 questions, 5,000 rows drawn from the file. What a run needs,
+what is checked and what happens to a file: docs/training.md.
+
+Measured on 2026-11-22: one NVIDIA H200, jax 0.11.2, 16 questions per step about eight real videos (10 to 30 temporal
+patches), 256 new tokens instead of 768, random weights of the 3B's shapes and a tiny random encoder; four steps each,
+the first (which compiles) left out; so no word on what is learned:
+    cgrpo    7.5 s per step with the teacher's eight answers from all tokens, 4.4 s where they are known (a question's
+             later epochs); the first step 72 s, compiling included
+    sft      0.9 s per step; the first 27 s
+    memory   peak 83 GiB of the GPU's 139 (43 of them state: decoder and merger in float32 with Adam's moments, 35 GiB;
+             tower and teacher in bfloat16, 8 GiB)
+A step's batch, 0.6 s, is read while the one before computes. Reading and indexing the eight videos took 40 s, loading
+the weights and compiling the tower for each of their shapes included.
+Computed from these, not measured: 312 such cgrpo steps are 40 minutes, and about two hours with 768 new tokens. The
+features of 5,000 rows, 44 % of them videos of 42 frames, are about 60 GB on disk (docs/training.md).
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +32,10 @@ def get_config(size="3b"):
     c.model = {"size": size, "dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": True}
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     c.max_new_tokens = 768
-    c.log_every, c.save_every = 5, 50
-    # 64 frames at 2 per second, about 128 visual tokens each (Video-R1's training), teacher and memory.
+    c.log_every, c.save_every = 5, 100
+    # 64 frames at 2 per second; two of them make a temporal patch of about 128 visual tokens (Video-R1's training).
     c.data = ConfigDict({"fps": 2.0, "max_frames": 64, "frame_tokens": 128, "buckets": (1, 8, 32), "workers": 8})
+    c.data.sample = 5000
 
     c.views = ConfigDict()
     c.views.full = {"select": "all", "method": "keep"}

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipelines import loader
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import run
+from marc_jax import run, settings
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
@@ -115,6 +115,8 @@ class Archive:
             which = f" ({memory} does not say)" if self.folder and self.folder.is_dir() else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
         self.here, stage = run.opened(self.settings.checkpoint)
+        if settings.on_files(self.here.config):
+            raise ConfigError(f"{self.settings.checkpoint}: index and ask do not take runs on files yet")
         self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
         if self.stage not in self.here.config.stages:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")

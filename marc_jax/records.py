@@ -191,6 +191,8 @@ def open_records(run: Run, file: str, style: str) -> Records:
         records = sources.load_records(file, errors=errors)
     except sources.RecordError as e:
         raise ConfigError(str(e)) from None
+    if style == "train":
+        records, errors = _sampled(run, records, errors)
     return over_memory(run, file, records, style, errors)
 
 
@@ -213,6 +215,15 @@ def over_memory(
     blank = {"question_type": "bad row", "problem_type": "", "solution": "", "path": ""}
     left_out += [{"problem_id": e.row, **blank} for e in errors]
     return Records(run, good, memory, query_nd, style, left_out)
+
+
+def _sampled(run: Run, records, errors):
+    """config.data.sample of all rows, the same for the same seed."""
+    rows, count = sorted(row.row for row in [*records, *errors]), run.config.data.sample
+    if not 0 < count < len(rows):
+        return records, errors
+    kept = set(np.random.default_rng(run.config.seed).choice(rows, count, replace=False).tolist())
+    return [r for r in records if r.row in kept], [e for e in errors if e.row in kept]
 
 
 def _too_long(run: Run, record: sources.Record, style: str) -> dict | None:

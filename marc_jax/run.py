@@ -220,6 +220,8 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
 def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
 
+    The folder is one of PE-Core or SigLIP 2, or a run's, whose retriever then embeds.
+
     Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
     """
     given = here.config.get("encoder") or {}
@@ -229,9 +231,21 @@ def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     if not path:
         return None, pool
     try:
+        if "stages" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8")):
+            return _small_encoder(path), pool
+    except (OSError, ValueError):
+        pass  # no run: for `open_encoder` to tell
+    try:
         return encoders.open_encoder(path, mesh=here.mesh), pool
     except (WeightsError, TokenizerError) as e:
         raise ConfigError(f"--encoder: {e}") from None
+
+
+def _small_encoder(folder) -> encoders.SmallEncoder:
+    other, _ = opened(str(folder))
+    params = other.parameters(other.config[other.retriever_stage].init)
+    queries = functools.partial(other.prompter.queries, length=other.sizes.question)
+    return encoders.SmallEncoder(other.cfg, params, other.retriever, other.config.data.size, queries)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -293,9 +307,8 @@ def prepare(config, workdir: Path) -> Run:
 def _check_given(config) -> None:
     """What training on files needs and no preset can know."""
     needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
-    kinds = {config[name].kind for name in config.stages}
     used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
-    if "retriever" not in kinds and any(config.views[name].select == "retrieve" for name in used):
+    if any(config.views[name].select == "retrieve" for name in used):
         needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
     given = configs.flat(config)
     if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:

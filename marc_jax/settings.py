@@ -36,7 +36,8 @@ def base() -> ConfigDict:
     image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
     checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`;
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
-    `question_tokens` and `answer_tokens` or half of them. `skip_bad` leaves out rows that cannot be used.
+    `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
+    all); `skip_bad` leaves out those that cannot be used.
     `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
     data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
@@ -55,7 +56,7 @@ def base() -> ConfigDict:
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
-            "train": "", "test": "", "root": "", "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
+            "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
         },
@@ -218,6 +219,8 @@ def _file_problems(config) -> list[str]:
         if config.views[name].method == "pooled" or config.views[name].tokens is not None:
             wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
     for name in (name for name in config.stages if name in config):
+        if config[name].kind == "retriever":
+            wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
         if config[name].visual != "features" or config[name].get("questions", 1) != 1:
             wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
     return wrong

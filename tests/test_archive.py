@@ -202,6 +202,15 @@ def test_shots_of_transnetv2_are_part_of_what_a_memory_is(place, tmp_path):
         Archive(None, place / "run", shots=str(tmp_path / "nowhere")).ask(QUESTION, name)
 
 
+def test_the_retriever_of_a_run_serves_another_as_its_encoder(place, memory):
+    archive = Archive(memory)
+    encoder, _ = run.chosen_encoder(archive.here, str(place / "run"))
+    question = "how many in blue stripes ?"
+    np.testing.assert_allclose(encoder.embed_texts([question]), archive.answerer.embed(question), atol=1e-5)
+    frames = archive.indexer.sampling.read(next((place / "videos" / "inside").iterdir())).frames
+    assert encoder.embed_frames(frames).shape == (len(frames), archive.answerer.embed(question).shape[1])
+
+
 def test_a_memory_of_another_model_is_refused(place, memory, repo):
     other = write_run(place / "other", repo, seed=7)
     for use in (lambda a: a.ask(QUESTION), lambda a: a.index(videos(place))):

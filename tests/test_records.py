@@ -1,5 +1,6 @@
 """Video-R1 records on real files, a published checkpoint (tiny, random) and a tiny PE-Core: every stage, then eval."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import tokenizers
 from test_end_to_end import tiny_encoder
 
 from data_pipelines import patches, sources
-from marc_jax import messages, pretrained, records, run, settings
+from marc_jax import batches, messages, pretrained, records, run, settings
 from marc_jax.config import ConfigError
 from marc_jax.memory import indexer
 from marc_jax.memory import view as views
@@ -194,6 +195,31 @@ def test_a_batch_reads_what_the_published_processor_would(trained, place):
         assert close.max() < 0.05 and close.mean() < 0.005  # stored in bfloat16
 
 
+def test_padding_of_patches_and_videos_changes_nothing(trained, place):
+    """Merged from three retrieved events, padded and not: the same tokens at the same places."""
+    here, source = opened(trained, place)
+    model = qwen25_vl.bind(here.cfg, pretrained.load(place / "model", here.cfg, qwen25_vl.abstract(here.cfg)))
+    asked, view = source.asked([1]), here.view("marc")
+    index, shape = asked.index(), asked.shapes[0]
+    own, patches_t = int(np.prod(shape.hw)), int(index.mask_bt.sum())
+    assert own < here.prompter.tokens_per_patch and patches_t < asked.sizes.patches
+
+    def look(bank, index, prompter, shapes):
+        prompt = jax.tree.map(jax.numpy.asarray, prompter.whole(*asked.texts_bg, 1, [patches_t], asked.sizes, shapes))
+        visual = views.select(view, index, asked.query_bd, bank, here.sizes.event, None)
+        vis_bnd, prompt = views.make_encode(view, here.grid_hw, shape.rate)(model, visual, prompt)
+        return np.asarray(vis_bnd)[0, :own], rollout.closed_up(prompt)
+
+    padded, there = look(asked.bank, index, here.prompter, asked.shapes)
+    cut = {"patch_bt": index.patch_bt[:, :patches_t], "mask_bt": index.mask_bt[:, :patches_t]}
+    cut = dataclasses.replace(index, **cut, event_bt=index.event_bt[:, :patches_t], shapes=None)
+    alone = batches.Prompter(here.tokenizer, shape.hw, shape.rate, here.prompter.system)
+    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None)
+    np.testing.assert_allclose(padded, exact, atol=1e-5)
+    n = int(here_too.mask_bp.sum())
+    assert there.mask_bp.sum() == n and (there.pos_3bp[:, :, :n] == here_too.pos_3bp[:, :, :n]).all()
+
+
 def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once(trained, place):
     _, source = opened(trained, place)
     draws = [source.draw("sft", step, 2, 1, None, None) for step in range(5)]
@@ -221,6 +247,10 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(traine
     assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
     _, source = opened(trained, place, good + bad, skip_bad=True)
     assert len(source.records) == 5 and len(source.unreadable) == 5
+    _, some = opened(trained, place, good * 4, sample=7)
+    _, same = opened(trained, place, good * 4, sample=7)
+    assert [r["problem_id"] for r in some.records] == [r["problem_id"] for r in same.records]
+    assert len(some.records) == 7 == len({r["problem_id"] for r in some.records})
     with pytest.raises(ConfigError, match="5 of 5 rows cannot be used"):
         opened(trained, place, bad, skip_bad=True)
 
