@@ -56,7 +56,11 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
         test = records.over_memory(here, config.data.test, questions.records, STYLE)
         ready = time.monotonic()
         params = here.parameters("")
-        identity = {"weights": weights_hash(params), "questions": _digest(questions), "decoding": config.max_new_tokens}
+        identity = {
+            "weights": weights_hash(params), "questions": _digest(questions), "decoding": config.max_new_tokens,
+            "encoder": config.encoder.to_dict(), "model": config.model.to_dict(),
+            "sampling": [str(here.sampling), config.data.second_per_grid],
+        }  # fmt: skip
         said = {}
         for arm in arms:
             said[arm] = _answered(here, params, test, questions, arm, identity, out)
@@ -138,7 +142,7 @@ def surroundings(config, out: Path) -> runs.Run:
 def _answered(here: runs.Run, params, test: records.Records, questions: Questions, arm: str, identity: dict, out: Path):
     """The predictions of one arm, those of an earlier run included."""
     view = here.config.eval.arms[arm].view
-    made_with = identity | {"view": dataclasses.asdict(here.view(view)), "sampling": str(here.sampling)}
+    made_with = identity | {"view": dataclasses.asdict(here.view(view))}
     path = out / "predictions" / f"{arm}.jsonl"
     said = _resumed(path, made_with)
     by_row = {record.row: record for record in questions.records}
@@ -169,7 +173,7 @@ def _append(file, said: dict, rows: list[dict]) -> None:
 
 
 def _resumed(path: Path, made_with: dict) -> dict:
-    """{problem_id: prediction} that is there already; a line that a crash cut short is dropped.
+    """{problem_id: prediction} that is there already; a line that a crash cut short is dropped, errors are tried again.
 
     Raises ConfigError: it was made with other weights, questions or settings.
     """
@@ -184,8 +188,8 @@ def _resumed(path: Path, made_with: dict) -> dict:
         report.write_text(told, text)
     if not path.exists():
         return {}
-    rows = report.read_jsonl(path)
-    if first and rows and not path.read_text(encoding="utf-8").endswith("\n"):
+    rows = [row for row in report.read_jsonl(path) if not row.get("error")]
+    if first:
         report.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {row["problem_id"]: row for row in rows}
 
@@ -235,6 +239,7 @@ def assemble(config, questions: Questions, said: Mapping, timings: dict, others:
         ],
         "tables": [_rule_table(scores, arms), *_duration_table(arms), _cost_table(arms, said)],
         "scores": scores,
+        "intervals": "a bootstrap over videos",
         "notes": _notes(name, lead, questions, arms),
         "timings": {key: round(seconds, 1) for key, seconds in timings.items()},
         "memory_gb": _peak_gb(),
@@ -299,7 +304,7 @@ def _number(value, digits: int = 1) -> str:
 
 def _notes(name: str, lead: str, questions: Questions, arms: list[dict]) -> list[str]:
     known = benchmarks.BENCHMARKS[name]
-    notes = [f"Accuracy by the rule '{lead}' of marc_jax.evaluation.benchmarks; intervals resample videos."]
+    notes = [f"Accuracy by the rule '{lead}' of marc_jax.evaluation.benchmarks."]
     notes += [f"{arm['label']}: {arm['n']} of {questions.total} questions scored." for arm in arms]
     if questions.total != known.questions:
         notes.append(f"{known.title} has {known.questions} questions as published; these are {questions.total}.")

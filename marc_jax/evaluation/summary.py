@@ -173,7 +173,8 @@ def method(results: Mapping) -> list[str]:
     if results.get("apart"):
         types = ", ".join(results["apart"])
         words.append(f"Headline accuracy and retention leave {types} questions out; the tables by type show them.")
-    words.append("Intervals are 95 %: Wilson's for right or wrong; a bootstrap for soft scores and ratios of arms.")
+    usual = "Wilson's for right or wrong; a bootstrap for soft scores and ratios of arms"
+    words.append(f"Intervals are 95 %: {results.get('intervals') or usual}.")
     words.append("Retention is accuracy divided by the teacher's, on the same questions, resampled together.")
     chance = (results.get("chance") or {}).get("headline")
     if chance:

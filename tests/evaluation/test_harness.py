@@ -76,6 +76,10 @@ def test_an_evaluation_resumes_where_it_was_killed(config, place, tmp_path):
     assert all(found[i]["completion"] == text for i, text in before.items() if i != first["problem_id"])
     assert again["scores"]["strict"]["full"]["n"] == 4
 
+    file.write_text(lines[0][:20])  # killed in the very first line
+    harness.evaluate(config, model, tmp_path / "a", arms)
+    assert {json.loads(line)["problem_id"] for line in file.read_text().splitlines()} == {"0", "1", "2", "3"}
+
     compared = harness.evaluate(config, model, tmp_path / "b", ["blind"], against=str(tmp_path / "a"))
     assert {c["b"] for c in compared["comparisons"]} == {"against full", "against blind"}
     assert next(c for c in compared["comparisons"] if c["b"] == "against blind")["difference"] == 0
