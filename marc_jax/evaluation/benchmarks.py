@@ -183,14 +183,20 @@ def _macro_retention(benchmark: str, rows, teacher, rule: str) -> dict:
     )
 
 
-def compare(benchmark: str, rows_a: Sequence[Mapping], rows_b: Sequence[Mapping], rule: str, *, seed: int = 0) -> dict:
+def compare(
+    benchmark: str, rows_a: Sequence[Mapping], rows_b: Sequence[Mapping], rule: str, *, seed: int = 0
+) -> dict | None:
     """Is a better than b, on the questions both were asked? As `scoring.compare`, of the benchmark's own mean.
+
+    None where they share no question that the rule scores.
 
     A paired bootstrap over videos; exact McNemar where scores are 0 or 1, one question per video and a plain mean.
     """
     kept = {row["problem_id"]: row for row in scoring.asked(_scored(rows_a))}
     kept_b = {row["problem_id"]: row for row in scoring.asked(_scored(rows_b))}
     both = [key for key in kept if key in kept_b]
+    if not both:
+        return None
     out = scoring.compare([kept[key] for key in both], [kept_b[key] for key in both], by_video=True, seed=seed)
     rows = [kept[key] for key in both]
     scores = np.array([[scoring.row_score(arm[key]) for arm in (kept, kept_b)] for key in both])

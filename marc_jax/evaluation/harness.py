@@ -228,15 +228,15 @@ def assemble(config, questions: Questions, said: Mapping, timings: dict, others:
     } for rule, judged in rows.items()}  # fmt: skip
     arms = [_arm(config, arm, scores[lead][arm]) for arm in (*said, *others)]
     main = config.eval.main if config.eval.main in said else next(iter(said))
-    pairs = [(main, arm) for arm in (*said, *others) if arm != main]
+    pairs = {
+        arm: benchmarks.compare(name, rows[lead][main], rows[lead][arm], lead, seed=config.seed)
+        for arm in (*said, *others) if arm != main
+    }  # fmt: skip
     return {
         "title": f"{benchmarks.BENCHMARKS[name].title}: {config.title}",
         "benchmark": name,
         "arms": arms + benchmarks.paper_arms(name),
-        "comparisons": [
-            {"a": a, "b": b, **benchmarks.compare(name, rows[lead][a], rows[lead][b], lead, seed=config.seed)}
-            for a, b in pairs if rows[lead][b]
-        ],
+        "comparisons": [{"a": main, "b": arm, **found} for arm, found in pairs.items() if found],
         "tables": [_rule_table(scores, arms), *_duration_table(arms), _cost_table(arms, said)],
         "scores": scores,
         "intervals": "a bootstrap over videos",

@@ -84,6 +84,13 @@ def test_comparison_of_two_runs_is_paired():
     assert benchmarks.compare("mvbench", *rows, "strict")["test"] == "paired bootstrap"
 
 
+def test_runs_without_a_scored_question_in_common_are_not_compared():
+    records = [question(0, "T", "A")]
+    said = [benchmarks.judged("videomme", records, [says(0, text)], "published") for text in ("none", "A")]
+    assert benchmarks.compare("videomme", *said, "published") is None
+    assert benchmarks.table("videomme", said[0], "published")["accuracy"] is None
+
+
 def test_retention_of_a_macro_average():
     teacher = benchmarks.judged("vsibench", RECORDS, [says(r.problem_id, "A" if r.options else "4") for r in RECORDS],
                                 "strict")  # fmt: skip
