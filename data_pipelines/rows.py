@@ -25,8 +25,8 @@ class RecordError(ValueError):
 
     def __str__(self) -> str:
         where = "" if self.row is None else f", row {self.row}"
-        where += "" if self.line is None else f", line {self.line}"
-        return f"{self.file}{where}{f', field {self.field!r}' if self.field else ''}: {self.reason}"
+        where += f", field {self.field!r}" if self.field else ""
+        return f"{self.file}{where}: {self.reason}" + ("" if self.line is None else f" (line {self.line})")
 
 
 def read_text(file) -> str:
@@ -139,7 +139,7 @@ def _lines(file, text: str):
         try:
             yield row, number, check_text(file, row, number, line) or json.loads(line)
         except json.JSONDecodeError as error:
-            yield row, number, RecordError(file, row, None, f"line {number} is no JSON ({error})", number)
+            yield row, number, RecordError(file, row, None, f"is no JSON ({error})", number)
         row += 1
     if row == 0:
         raise RecordError(file, None, None, "holds no rows")

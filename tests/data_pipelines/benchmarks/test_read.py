@@ -190,7 +190,7 @@ def test_a_broken_file_says_where(tmp_path):
     with pytest.raises(rows.RecordError, match="is no JSON.*line 1[0-9]"):
         read("videomme", tmp_path / "q.json")
     (tmp_path / "val.csv").write_text("video,question,answer,qid,type,a0,a1,a2,a3,a4\n9,why,2,6,CW,a,b\n")
-    with pytest.raises(BadRows, match="line 2.*holds 7 fields, its header 10"):
+    with pytest.raises(BadRows, match="holds 7 fields, its header 10 .line 2"):
         read("nextqa", tmp_path / "val.csv")
     with pytest.raises(ValueError, match="not one of vsibench"):
         read("imagenet", tmp_path)
