@@ -19,7 +19,9 @@ the first (which compiles) left out; so no word on what is learned:
              tower and teacher in bfloat16, 8 GiB)
 A step's batch, 0.6 s, is read while the one before computes. Reading and indexing the eight videos took 40 s, loading
 the weights and compiling the tower for each of their shapes included.
-Computed from these, not measured: 312 such cgrpo steps are 40 minutes, and about two hours with 768 new tokens. The
+Not measured: distill, and 768 new tokens, on a GPU; where they do not fit, --config.distill.micro_batches=4 takes the
+activations of four questions at a time. Compiled for 16 TPU v5e chips, distill takes 8.4 of 16 GiB each (docs/tpu.md).
+Computed from the above, not measured: 312 such cgrpo steps are 40 minutes, and about two hours with 768 new tokens. The
 features of 5,000 rows, 44 % of them videos of 42 frames, are about 60 GB on disk (docs/training.md).
 """
 
@@ -29,7 +31,7 @@ from ml_collections import ConfigDict
 def get_config(size="3b"):
     c = ConfigDict()
     c.title = f"MARC, Qwen2.5-VL-{size.upper()}"
-    c.model = {"size": size, "dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": True}
+    c.model = {"size": size, "dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "layer"}
     c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     c.max_new_tokens = 768
     c.log_every, c.save_every = 5, 100

@@ -12,6 +12,7 @@ What a step sees is a function of (seed, stage, step) alone: its position in the
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import sys
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import loader, sources, video
-from marc_jax import metrics
+from marc_jax import files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
@@ -315,7 +316,7 @@ def _exclude(run: Run, file: str, bad: list[dict], total: int) -> None:
     if not bad:
         return
     path = run.workdir / f"{Path(file).stem}.bad.jsonl"
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad), encoding="utf-8")
+    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
     first = f"row {bad[0]['row']}: {bad[0]['path']}: {bad[0]['reason']}".replace(": : ", ": ")
     line = f"{file}: {len(bad)} of {total} rows cannot be used (all in {path}); first: {first}"
     if not run.config.data.skip_bad:
@@ -330,8 +331,7 @@ def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, prob
     told = json.dumps([encoder.fingerprint, problems]).encode()
     path = memory.path / f"questions-{hashlib.sha256(told).hexdigest()[:16]}.npy"
     if not path.exists():
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with open(partial, "wb") as f:
-            np.save(f, encoder.embed_texts(problems))
-        partial.replace(path)
+        content = io.BytesIO()
+        np.save(content, encoder.embed_texts(problems))
+        files.write_whole(path, content.getvalue())
     return np.load(path, allow_pickle=False)

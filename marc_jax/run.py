@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import shutil
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.synthetic import build
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, locks, metrics, optim, pretrained, settings, sharding
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding
 from marc_jax import config as configs
 from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
@@ -76,7 +74,7 @@ class Run:
     def binding(self) -> dict:
         """How the model is computed: dtype, attention and remat of `qwen25_vl.bind`."""
         model = self.config.model
-        return {"dtype": jnp.dtype(model.dtype), "attention": model.attention, "remat": model.remat}
+        return {"dtype": jnp.dtype(model.dtype), "attention": model.attention, "remat": model.remat or False}
 
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
@@ -143,7 +141,7 @@ class Run:
         """
         if kind == "pixels":
             return self.pixels
-        name = indexer.tower_sha256(params)
+        name = encoders.tower_sha256(params)
         if settings.on_files(self.config):
             if name != self.tower:
                 raise ConfigError("a stage starts from another vision tower than config.init_from's, the memory's")
@@ -217,10 +215,26 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
+def own_encoder(folder) -> encoders.SmallEncoder | None:
+    """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
+
+    Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
+    """
+    try:
+        if "stages" not in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
+            return None  # published weights have a config.json too
+    except (OSError, ValueError):
+        return None
+    there, _ = opened(folder)
+    params = there.parameters(there.config[there.retriever_stage].init)
+    queries = functools.partial(there.prompter.queries, length=there.sizes.question)
+    return encoders.SmallEncoder(there.cfg, params, there.retriever, there.config.data.size, queries)
+
+
 def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
 
-    The folder is one of PE-Core or SigLIP 2, or a run's, whose retriever then embeds.
+    --encoder is a folder of PE-Core or SigLIP 2, or of another run, whose retriever then embeds.
 
     Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
     """
@@ -231,21 +245,9 @@ def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     if not path:
         return None, pool
     try:
-        if "stages" in json.loads((Path(path) / "config.json").read_text(encoding="utf-8")):
-            return _small_encoder(path), pool
-    except (OSError, ValueError):
-        pass  # no run: for `open_encoder` to tell
-    try:
-        return encoders.open_encoder(path, mesh=here.mesh), pool
-    except (WeightsError, TokenizerError) as e:
+        return own_encoder(path) or encoders.open_encoder(path, mesh=here.mesh), pool
+    except (ConfigError, WeightsError, TokenizerError) as e:
         raise ConfigError(f"--encoder: {e}") from None
-
-
-def _small_encoder(folder) -> encoders.SmallEncoder:
-    other, _ = opened(str(folder))
-    params = other.parameters(other.config[other.retriever_stage].init)
-    queries = functools.partial(other.prompter.queries, length=other.sizes.question)
-    return encoders.SmallEncoder(other.cfg, params, other.retriever, other.config.data.size, queries)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -290,14 +292,13 @@ def prepare(config, workdir: Path) -> Run:
     Raises ConfigError: settings of the data that cannot be, another set in its folder, weights that do not fit.
     """
     check_sources(config)
-    partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
     if settings.on_files(config):
         _check_given(config)
-        pretrained.tokenizer(config.init_from).save(partial)
+        words = pretrained.tokenizer(config.init_from).to_json()
     else:
         build_set(config, data_folder(config, workdir))
-        shutil.copyfile(data_folder(config, workdir) / "tokenizer.json", partial)
-    partial.replace(workdir / "tokenizer.json")
+        words = (data_folder(config, workdir) / "tokenizer.json").read_bytes()
+    files.write_whole(workdir / "tokenizer.json", words)
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
     pretrained.fits(run.cfg, run.tokenizer)

@@ -1,12 +1,12 @@
 """The keys of an experiment: defaults, what a file may set, and every check before anything compiles. No jax here."""
 
 import json
-import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from marc_jax import config as configs
+from marc_jax import files
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import benchmarks
 
@@ -19,6 +19,7 @@ WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
+REMAT = ("", "layer", "attention")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
@@ -26,7 +27,7 @@ PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 def base() -> ConfigDict:
     """Every key outside the open groups (views, stages, eval.arms), with its default.
 
-    `encoder.path`: folder of PE-Core or SigLIP 2 weights for index and ask; empty: the run's own retriever.
+    `encoder.path`: folder of PE-Core, SigLIP 2 or another run's retriever for index and ask; empty: this run's own.
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
@@ -41,7 +42,7 @@ def base() -> ConfigDict:
     `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
     data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
-    `frozen_dtype`, activations in `dtype`, layers recomputed with `remat`.
+    `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
     return ConfigDict({
         "title": "MARC",
@@ -61,7 +62,7 @@ def base() -> ConfigDict:
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
         },
         "model": {
-            "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": False,
+            "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
             "vision": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128},
             "text": {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128},
         },
@@ -215,6 +216,8 @@ def _file_problems(config) -> list[str]:
     for key in ("dtype", "frozen_dtype"):
         if config.model[key] not in DTYPES:
             wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(DTYPES)}")
+    if config.model.remat not in REMAT:
+        wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
     for name in config.views:
         if config.views[name].method == "pooled" or config.views[name].tokens is not None:
             wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
@@ -326,8 +329,5 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
                 f"{path.parent} was started with another config (different: {', '.join(changed)}); "
                 "choose another --workdir, or remove it"
             )
-    if not write:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    if write:
+        files.write_whole(path, text)

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import recompose
-from marc_jax import metrics
+from marc_jax import files, metrics
 from marc_jax.batches import Recomposer
 from marc_jax.config import ConfigError
 from marc_jax.run import Run, data_folder
@@ -52,7 +52,7 @@ def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
     if not errors:
         return
     path = run.workdir / "unreadable.jsonl"
-    path.write_text("".join(json.dumps(error) + "\n" for error in errors), encoding="utf-8")
+    files.write_whole(path, "".join(json.dumps(error) + "\n" for error in errors))
     line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
     if len(errors) > 0.01 * total:
         raise ConfigError(line)
@@ -80,5 +80,5 @@ def load_training(run: Run) -> None:
     first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
     row_e = np.array([first[path] + start for path, start, _ in places])
     run.pixels = run.whole(np.concatenate(list(pixels.values())))
-    files = {path: int(start) for path, start in first.items()}
-    run.sources[""] = Recomposer(pool, row_e, run.sizes, run.config.seed, files)
+    rows = {path: int(start) for path, start in first.items()}
+    run.sources[""] = Recomposer(pool, row_e, run.sizes, run.config.seed, rows)

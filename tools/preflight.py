@@ -27,8 +27,8 @@ from data_pipelines import sandbox, sources, video
 from data_pipelines.benchmarks.read import FORMS, read
 from data_pipelines.patches import FACTOR, IMAGE_MIN_PIXELS, TEMPORAL, VideoBudget, smart_resize
 from data_pipelines.rows import RecordError
+from marc_jax import files
 from marc_jax.evaluation.html import STYLE
-from marc_jax.evaluation.report import write_text
 from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 SHOWN = 200  # problems in the HTML page; the JSON has all
@@ -252,11 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         text = page(found) if args.report.suffix == ".html" else json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        write_text(args.report, text)
+        files.write_whole(args.report, text)
     for problem in found["problems"][:10]:
         print(RecordError(*(problem[k] for k in ("file", "row", "field", "reason", "line"))), file=sys.stderr)
-    rows, files = (f"{found[a]} of {found[b]}" for a, b in (("usable", "rows"), ("decoded", "media")))
-    print(f"{rows} rows can be used; {files} files decoded")
+    rows, media = (f"{found[a]} of {found[b]}" for a, b in (("usable", "rows"), ("decoded", "media")))
+    print(f"{rows} rows can be used; {media} files decoded")
     return 0 if found["clean"] else 1
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from marc_jax import locks, records
+from marc_jax import files, locks, records
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import benchmarks, experiment, harness, moments, report, submissions
+from marc_jax.evaluation import benchmarks, experiment, harness, moments, submissions
 
 
 def evaluate(config, checkpoint: str, out: Path) -> dict:
@@ -38,9 +38,9 @@ def evaluate(config, checkpoint: str, out: Path) -> dict:
             "checkpoint": checkpoint, "encoder": config.encoder.path, "hardware": experiment.hardware(),
         }  # fmt: skip
         for name, text in submissions.moments(said).items():
-            report.write_text(out / name, text)
-        report.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-        report.write_text(out / "report.md", _markdown(results))
+            files.write_whole(out / name, text)
+        files.write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+        files.write_whole(out / "report.md", _markdown(results))
     return results
 
 

@@ -23,7 +23,7 @@ import jax
 
 from data_pipelines import sources
 from data_pipelines.benchmarks.read import BadRows, Questions, read
-from marc_jax import locks, pretrained, records
+from marc_jax import files, locks, pretrained, records
 from marc_jax import run as runs
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import benchmarks, experiment, report, run, submissions
@@ -114,7 +114,7 @@ def read_questions(config, out: Path) -> Questions:
 def _list_bad(out: Path, errors) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = [{k: getattr(e, k) for k in ("file", "row", "line", "field", "reason")} for e in errors]
-    report.write_text(out / "bad_rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_whole(out / "bad_rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def numbered(questions: Questions, limit: int = 0) -> Questions:
@@ -133,7 +133,7 @@ def _digest(questions: Questions) -> str:
 def surroundings(config, out: Path) -> runs.Run:
     """A run's surroundings around config.init_from alone: no training came before."""
     pretrained.check(config.init_from)
-    pretrained.tokenizer(config.init_from).save(out / "tokenizer.json")
+    files.write_whole(out / "tokenizer.json", pretrained.tokenizer(config.init_from).to_json())
     here = runs.surroundings(config, out)
     pretrained.fits(here.cfg, here.tokenizer)
     return here
@@ -185,12 +185,12 @@ def _resumed(path: Path, made_with: dict) -> dict:
         raise ConfigError(f"{path} was made with other {', '.join(differ)}; give another --out, or remove it")
     first = jax.process_index() == 0
     if first:
-        report.write_text(told, text)
+        files.write_whole(told, text)
     if not path.exists():
         return {}
     rows = [row for row in report.read_jsonl(path) if not row.get("error")]
     if first:
-        report.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files.write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {row["problem_id"]: row for row in rows}
 
 
@@ -211,7 +211,7 @@ def _submit(benchmark: str, questions: Questions, said: Mapping, out: Path) -> N
     for arm, rows in said.items():
         for name, text in submissions.files(benchmark, questions.records, rows).items():
             (out / "submission" / arm).mkdir(parents=True, exist_ok=True)
-            report.write_text(out / "submission" / arm / name, text)
+            files.write_whole(out / "submission" / arm / name, text)
 
 
 def assemble(config, questions: Questions, said: Mapping, timings: dict, others: Mapping) -> dict:

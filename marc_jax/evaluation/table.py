@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from marc_jax import files
 from marc_jax.evaluation import benchmarks
-from marc_jax.evaluation.report import write_text
 
 
 def rows_of(results: Sequence[Mapping], rule: str) -> list[tuple[str, list[float | None], float | None]]:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = [results[name] for name in benchmarks.BENCHMARKS if name in results]
     text = markdown(order, args.rule)
     if args.out:
-        write_text(args.out, text)
+        files.write_whole(args.out, text)
     print(text, end="")
     return 0
 

@@ -5,7 +5,6 @@ The embeddings are those of the run's own retriever, or of any other encoder (`m
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -13,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import patches, video
-from marc_jax.memory import embed, events, store
-from marc_jax.memory.encoders import Encoder, pool_frames
+from marc_jax.memory import events, store
+from marc_jax.memory.encoders import Encoder, in_chunks, patch_encoder, pool_frames, tower_sha256
 from marc_jax.memory.shots import Shots
-from marc_jax.memory.view import normalise
-from marc_jax.models import qwen25_vl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +131,6 @@ class Decoded:
     full: np.ndarray | None = None
 
 
-def tower_sha256(params: dict) -> str:
-    """Hash of what makes tower features: the vision tower's parameters without the merger."""
-    tower = {name: part for name, part in params["vision"].items() if name != "merger"}
-    return store.tree_sha256(jax.device_get(tower))
-
-
 class Indexer:
     """Turns clips into memory entries with one model and one retriever; compiled once."""
 
@@ -168,24 +159,12 @@ class Indexer:
             segmenter=shots.fingerprint if shots else events.FINGERPRINT,
             pool=pool,
         )
-
-        @functools.partial(jax.jit, static_argnums=3)
-        def run(params, retriever, pixels_tnc, grid_hw):
-            features = qwen25_vl.bind(cfg, params, dtype=dtype).vision_features(normalise(pixels_tnc), grid_hw)
-            return features, embed.embed_patches(retriever, features) if retriever else jnp.zeros((len(features), 1))
-
-        self._run = run
+        self._run = patch_encoder(cfg, dtype)
 
     def features(self, pixels_tnc: np.ndarray, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Tower features [T, n, V] and patch embeddings [T, D] of uint8 pixel patches, in chunks of one shape."""
-        parts = []
-        for start in range(0, len(pixels_tnc), self.CHUNK):
-            part = pixels_tnc[start : start + self.CHUNK]
-            padded = np.zeros((self.CHUNK, *part.shape[1:]), np.uint8)
-            padded[: len(part)] = part
-            both = self._run(self.params, self.retriever, self.place(padded), grid_hw)
-            parts.append([np.asarray(x)[: len(part)] for x in both])
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+        run = lambda x: self._run(self.params, self.retriever, self.place(x), grid_hw)  # noqa: E731
+        return in_chunks(run, pixels_tnc, self.CHUNK)
 
     def entry(
         self, clip: video.Clip, sha256: str, *, spans: list | None = None, full: np.ndarray | None = None
@@ -233,7 +212,10 @@ class Indexer:
         else:
             whole = self.sampling.read_full(path, read)
             clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
+        if self.shots:
+            spans = self.shots.spans(path, clip.seconds, read=read)
+        else:
+            spans = events.segment(clip.frames, self.sampling.fps)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
 
     def decode_image(self, path) -> Decoded:
