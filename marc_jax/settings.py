@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from marc_jax import config as configs
 from marc_jax import files
 from marc_jax.config import ConfigError
+from marc_jax.evaluation import benchmarks
 
 SELECT = ("all", "retrieve", "random", "none")
 METHOD = ("keep", "merge", "per_event", "mean", "pooled")
@@ -38,6 +39,8 @@ def base() -> ConfigDict:
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
+    `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
+    data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -66,6 +69,7 @@ def base() -> ConfigDict:
         "encoder": {"path": "", "pool": "mean"},
         "eval": {
             "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
+            "benchmark": "", "scoring": "videor1", "limit": 0,
         },
     })  # fmt: skip
 
@@ -111,8 +115,8 @@ def claim() -> ConfigDict:
 
 
 def on_files(config) -> bool:
-    """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
-    return bool(config.data.train or config.model.size)
+    """Whether a run is of a published model on files of one's own, and not the synthetic set's."""
+    return bool(config.data.train or config.data.test or config.model.size or config.eval.benchmark)
 
 
 def completed(raw: dict) -> dict:
@@ -182,8 +186,9 @@ def validate(config: ConfigDict) -> None:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
     wrong += _file_problems(config) if on_files(config) else []
-    if config.eval.rule not in RULES:
-        wrong.append(f"eval.rule = {config.eval.rule!r}: choose one of {', '.join(RULES)}")
+    for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
+        if config.eval[key] not in known:
+            wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
     if config.init_from and not _holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []

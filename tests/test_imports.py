@@ -26,6 +26,10 @@ PURE = (
     "marc_jax.rl.rewards",
     "marc_jax.evaluation.intervals",
     "marc_jax.evaluation.scoring",
+    "marc_jax.evaluation.judging",
+    "marc_jax.evaluation.official",
+    "marc_jax.evaluation.moments",
+    "marc_jax.evaluation.benchmarks",
 )
 FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "joblib", "yaml")
 ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.ask")
@@ -59,6 +63,9 @@ ABOVE = {
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.harness": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.grounding": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.direct": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.single": ("data_pipelines", "marc_jax"),
     "marc_jax.archive": ("data_pipelines", "marc_jax"),
 }
