@@ -135,8 +135,7 @@ class MemoryWriter:
     Args:
       path: the folder, made if absent.
       fingerprint: must equal that of every shard already there (StaleMemory otherwise).
-      tokens: "keep" the dtype given, or store as "bfloat16", "float32" or "int8" (one float32 scale per token,
-        max |x| / 127).
+      tokens: "keep" the dtype given, or "bfloat16", "float32", "int8" (a float32 scale per token, max |x| / 127).
       flush_bytes: a shard is completed when it has grown to this size; `flush()` does it at any time.
       reader: a MemoryReader of it, where there is one: only shards that it has not seen are opened.
 
@@ -151,7 +150,7 @@ class MemoryWriter:
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
         self.tokens, self.flush_bytes = tokens, flush_bytes
         self.path.mkdir(parents=True, exist_ok=True)
-        reader = reader or MemoryReader(path, fingerprint)
+        reader = MemoryReader(path, fingerprint) if reader is None else reader
         reader.refresh()
         self._done = reader.contents()
         self._known = {sha256: video for video, sha256 in self._done.items()}
