@@ -16,7 +16,7 @@ VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo", "encoder")
-DTYPES = ("auto", "float32", "bfloat16")
+COMPUTED = ("auto", "float32", "bfloat16")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -232,8 +232,8 @@ def _encoder_problems(name: str, c, done: list[str]) -> list[str]:
         wrong.append(f"{name}.in_batch = {c.in_batch} must not be negative")
     if c.in_batch == 0 and c.clips == 1:
         wrong.append(f"{name}: in_batch = 0 and clips = 1 leave no negatives")
-    if c.dtype not in DTYPES:
-        wrong.append(f"{name}.dtype = {c.dtype!r}: choose one of {', '.join(DTYPES)}")
+    if c.dtype not in COMPUTED:
+        wrong.append(f"{name}.dtype = {c.dtype!r}: choose one of {', '.join(COMPUTED)}")
     return wrong
 
 
