@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from data_pipelines.folders import find_videos
 from marc_jax import config as configs
 
 COUNTED = ("new", "same", "failed", "frames", "events", "bytes")
@@ -34,6 +35,7 @@ class Task:
     encoder: str
     pool: str
     shots: str
+    decode_seconds: float | None
     tokens: str
     workers: int
 
@@ -43,13 +45,14 @@ def _archive(task: Task):
     """One per process: loaded and compiled once."""
     from marc_jax.archive import Archive
 
-    return Archive(task.memory, task.checkpoint, encoder=task.encoder, pool=task.pool, shots=task.shots)
+    return Archive(
+        task.memory, task.checkpoint, encoder=task.encoder, pool=task.pool, shots=task.shots,
+        decode_seconds=task.decode_seconds,
+    )  # fmt: skip
 
 
 def lists(places: list[str], batch: int) -> Iterator[list[str]]:
     """All files of these places in lists of `batch`; a place without videos stands as it is, to fail by name."""
-    from marc_jax.archive import find_videos
-
     files, failed = find_videos(places)
     files += failed
     yield from (files[i : i + batch] for i in range(0, len(files), batch))
@@ -114,11 +117,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]
     )  # fmt: skip
     parser.add_argument("--memory", required=True, help="folder of the memory; made if absent")
     parser.add_argument("--checkpoint", default="", help="folder of a run; default the one the memory was made with")
-    parser.add_argument("--encoder", default="", help="folder of PE-Core or SigLIP 2 weights that embed")
+    parser.add_argument("--encoder", default="", help="PE-Core, SigLIP 2 or a run whose retriever embeds")
     parser.add_argument("--pool", choices=["", "mean", "max"], default="", help="an event: its mean or nearest frame")
     parser.add_argument("--shots", default="", help="folder of TransNetV2 weights that divide videos")
     parser.add_argument("--tokens", choices=["keep", "float32", "bfloat16", "int8"], default="keep")
-    parser.add_argument("--workers", type=int, default=2, help="threads that decode in each worker process")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode for each worker process")
+    parser.add_argument("--decode_seconds", type=float, help="how long decoding one file may take, default 1800")
     parser.add_argument("--batch", type=int, default=64, help="files that are one piece of work, and one shard")
     parser.add_argument("--failed", help="JSON lines {path, reason}; default MEMORY/failed.jsonl")
     known, rest = parser.parse_known_args(argv)

@@ -88,7 +88,7 @@ def test_what_the_user_must_mend_is_every_files_reason(place, repo, capsys, tmp_
     other = write_run(tmp_path / "other", repo, seed=7)
     assert index_with_beam.main([name, f"--memory={tmp_path / 'm'}", f"--checkpoint={other}"]) == 2
     assert "0 of 1 videos" in capsys.readouterr().out
-    assert "made for something else" in failures(tmp_path / "m" / "failed.jsonl")[name]
+    assert "made by another model or other settings" in failures(tmp_path / "m" / "failed.jsonl")[name]
 
 
 def test_lists_hold_every_file_and_places_without_any(tmp_path):

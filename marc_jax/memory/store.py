@@ -43,6 +43,7 @@ VERSION = 2  # 1: one record per video, no content hashes in the index
 SUFFIX = ".arrayrecord"
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 OPEN_SHARDS = 64  # files a reader holds open: a large memory has more shards than a process may have
+AGAIN = "index the videos again, into a new folder"
 
 
 class StoreError(Exception):
@@ -237,7 +238,7 @@ class MemoryReader:
             index = _index(shard, self._open(shard.name))
             found = Fingerprint(tuple((name, value) for name, value in index["fingerprint"]))
             if self.fingerprint is not None and found != self.fingerprint:
-                reason = f"made for something else ({self.fingerprint.differences(found)}); index the videos again"
+                reason = f"made by another model or other settings ({self.fingerprint.differences(found)}); {AGAIN}"
                 raise StaleMemory(self.path, reason)
             self._shards[shard.name] = index["videos"]
         if len(self._shards) == self.shards:
@@ -297,13 +298,15 @@ def _open(path):
 
 
 def _index(path, reader) -> dict:
+    if not reader.num_records():
+        raise StoreError(path, "damaged or cut short; remove it and index its videos again")
     try:
         index = json.loads(reader.read([reader.num_records() - 1])[0])
         version = index["version"]
     except Exception as error:
         raise StoreError(path, f"the shard's index cannot be read: {error}") from error
     if version != VERSION:
-        raise StaleMemory(path, f"format version {version}, this program reads {VERSION}; index the videos again")
+        raise StaleMemory(path, f"format version {version}, this program reads {VERSION}; {AGAIN}")
     return index
 
 
