@@ -70,6 +70,11 @@ class Record:
     extra: dict = dataclasses.field(default_factory=dict)
     row: int = -1
 
+    @property
+    def target(self) -> str:
+        """What SFT learns to say: the worked reasoning where there is one, and the solution."""
+        return f"{self.process}\n{self.solution}" if self.process else self.solution
+
 
 _FIELDS = {field.name for field in dataclasses.fields(Record)} - {"extra", "row"}
 

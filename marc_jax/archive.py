@@ -23,7 +23,7 @@ from data_pipelines import loader, patches, sandbox
 from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import files, run
+from marc_jax import files, run, settings
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
@@ -110,6 +110,8 @@ class Archive:
         except ConfigError as e:
             hint = "" if checkpoint else f"; {memory} was made with it: give --checkpoint=FOLDER, where it is now"
             raise ConfigError(f"{e}{hint}") from None
+        if settings.on_files(self.here.config):
+            raise ConfigError(f"{self.settings.checkpoint}: index and ask do not take runs on files yet")
         self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
         if self.stage not in self.here.config.stages:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")

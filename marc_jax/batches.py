@@ -7,29 +7,42 @@ crosses a temporal patch (models.md 1.3), so their visual tokens are exactly tho
 import dataclasses
 import functools
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipelines.sources import question_text
 from data_pipelines.synthetic import questions as ask
 from data_pipelines.synthetic import recompose
-from marc_jax.memory.view import VideoIndex
+from marc_jax.memory.view import Shapes, VideoIndex
 from marc_jax.models.prompts import Visual as Placeholder
 from marc_jax.models.prompts import build_prompt, pad_prompts
 from marc_jax.rl.types import PromptBatch
 
-STYLE = "glued"  # of `question_text`: what a run trains on and is asked in its evaluation
+STYLE = "glued"  # of `question_text`: what the synthetic set trains on and is asked in its evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Static lengths: patches and events of a video, patches of one event, text tokens of a question, of an answer."""
+    """Static lengths: patches and events of a video, patches of one event, text tokens of a question, of an answer.
+
+    `lead`: tokens of a prompt before its visual ones.
+    """
 
     patches: int
     events: int
     event: int
     question: int
     answer: int
+    lead: int = 3
+
+
+class Shape(NamedTuple):
+    """A "video" or "image": (h, w) in merged tokens, position ids from one temporal patch to the next."""
+
+    kind: str
+    hw: tuple[int, int]
+    rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,40 +78,66 @@ class Videos:
 
 
 class Prompter:
-    """Token arrays of questions in the chat template; every distinct prompt is built once."""
+    """Token arrays of questions in the chat template; prompts are kept for the next time they are asked for.
 
-    def __init__(self, tokenizer, grid_hw: tuple[int, int], time_scale: float, system: str = ""):
-        self.tokenizer, self.grid_hw, self.time_scale, self.system = tokenizer, grid_hw, time_scale, system
+    Args:
+      tokenizer: of the model.
+      grid_hw: (h, w) of a temporal patch in merged tokens; where videos differ in it, h * w is what they are padded to.
+      time_scale: position ids from one temporal patch to the next, where a `Shape` does not say.
+      system: the system turn; "" gives none.
+      cache: how many prompts are kept.
+    """
+
+    def __init__(
+        self, tokenizer, grid_hw: tuple[int, int], time_scale: float, system: str = "", *, cache: int = 200_000
+    ):
+        self.tokenizer, self.system = tokenizer, system
+        self.shape = Shape("video", grid_hw, time_scale)
         self.tokens_per_patch = grid_hw[0] * grid_hw[1]
-        self._prompt = functools.lru_cache(maxsize=200_000)(self._build)
-        self._answer = functools.lru_cache(maxsize=200_000)(self._encode_answer)
-        self._text = functools.lru_cache(maxsize=200_000)(lambda text: np.array(tokenizer.encode(text), np.int32))
+        self._prompt = functools.lru_cache(maxsize=cache)(self._build)
+        self._answer = functools.lru_cache(maxsize=cache)(self._encode_answer)
+        self._text = functools.lru_cache(maxsize=cache)(lambda text: np.array(tokenizer.encode(text), np.int32))
 
-    def _build(self, text: str, kept: int):
+    def _build(self, text: str, kept: int, kind: str, hw: tuple[int, int]):
         """`kept` patches' placeholders at temporal offset 0, taking no more positions than one patch does."""
-        h, w = self.grid_hw
-        place = Placeholder(kind="video", grid=(kept, h, w), t_ids=(0,) * kept, extent=max(h, w))
-        return build_prompt(self.tokenizer, text, [place], system=self.system)
+        place = Placeholder(kind=kind, grid=(kept, *hw), t_ids=(0,) * kept, extent=max(hw))
+        prompt, own = build_prompt(self.tokenizer, text, [place], system=self.system), hw[0] * hw[1]
+        row = prompt.vis_index // own * self.tokens_per_patch + prompt.vis_index % own
+        return dataclasses.replace(prompt, vis_index=np.where(prompt.vis_index >= 0, row, -1).astype(np.int32))
 
-    def prompt(self, text: str, kept: int, patches: int):
+    def prompt(self, text: str, kept: int, patches: int, shape: Shape | None = None):
         """The prompt of a question about a video of `patches`, of which `kept` are read: its text goes on after all."""
-        base, (h, w) = self._prompt(text, kept), self.grid_hw
-        late = max(int((patches - 1) * self.time_scale + 1e-4) + 1, h, w) - max(h, w)
+        kind, hw, rate = shape or self.shape
+        base = self._prompt(text, kept, kind, hw)
+        late = max(int((patches - 1) * rate + 1e-4) + 1, *hw) - max(hw)
         after = np.arange(len(base.tokens)) > np.flatnonzero(base.vis_index >= 0)[-1]
         return dataclasses.replace(base, pos=base.pos + late * after, next_pos=base.next_pos + late)
+
+    def words(self, text: str, shape: Shape | None = None) -> tuple[int, int]:
+        """Tokens of a prompt before and after its visual ones."""
+        seen = np.flatnonzero(self.prompt(text, 1, 1, shape).vis_index >= 0)
+        return int(seen[0]), len(self.prompt(text, 1, 1, shape).tokens) - 1 - int(seen[-1])
+
+    def spoken(self, answer: str) -> int:
+        """Tokens of an answer, its stop token included."""
+        return len(self._answer(answer))
 
     def _encode_answer(self, text: str) -> np.ndarray:
         return np.array([*self.tokenizer.encode(text), self.tokenizer.id("<|im_end|>")], np.int32)
 
-    def prompts(self, texts, kept: int, patches_b, length: int) -> PromptBatch:
+    def prompts(self, texts, kept: int, patches_b, length: int, shapes=None) -> PromptBatch:
         """Whole prompts, right-padded to `length`."""
-        return pad_prompts([self.prompt(text, kept, int(t)) for text, t in zip(texts, patches_b, strict=True)], length)
+        rows = zip(texts, patches_b, shapes or [None] * len(texts), strict=True)
+        return pad_prompts([self.prompt(text, kept, int(t), shape) for text, t, shape in rows], length)
 
-    def whole(self, texts, kept: int, patches_b, sizes: Sizes) -> PromptBatch:
-        """Whole prompts, padded to the longest that `sizes` allows: three tokens, the visual ones, the question's."""
-        return self.prompts(texts, kept, patches_b, 3 + kept * self.tokens_per_patch + sizes.question)
+    def whole(self, texts, kept: int, patches_b, sizes: Sizes, shapes=None) -> PromptBatch:
+        """Whole prompts, padded to the longest that `sizes` allows: those before, the visual ones, the question's."""
+        return self.prompts(texts, kept, patches_b, self._before(kept, sizes) + sizes.question, shapes)
 
-    def split(self, texts_bg, answers_bg, kept: int, patches_b, sizes: Sizes):
+    def _before(self, kept: int, sizes: Sizes) -> int:
+        return sizes.lead + kept * self.tokens_per_patch
+
+    def split(self, texts_bg, answers_bg, kept: int, patches_b, sizes: Sizes, shapes=None):
         """Prompts cut behind their last visual token: the shared prefix, and per question the rest with its answer.
 
             prefix  <|im_start|> user <|vision_start|> v v v v          once per video
@@ -110,9 +149,10 @@ class Prompter:
         tokens_bgr = np.zeros((b, g, r), np.int32)
         mask_bgr, loss_bgr = np.zeros((b, g, r), bool), np.zeros((b, g, r), bool)
         prefixes = []
-        for i, (texts, answers, t) in enumerate(zip(texts_bg, answers_bg, patches_b, strict=True)):
+        rows = zip(texts_bg, answers_bg, patches_b, shapes or [None] * b, strict=True)
+        for i, (texts, answers, t, shape) in enumerate(rows):
             for j, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                prompt = self.prompt(text, kept, int(t))
+                prompt = self.prompt(text, kept, int(t), shape)
                 cut = int(np.flatnonzero(np.asarray(prompt.vis_index) >= 0)[-1]) + 1
                 rest, target = np.asarray(prompt.tokens[cut:]), self._answer(answer)
                 if len(rest) > sizes.question or len(target) > sizes.answer:
@@ -128,7 +168,7 @@ class Prompter:
             prefixes.append(dataclasses.replace(
                 prompt, tokens=prompt.tokens[:cut], pos=prompt.pos[:, :cut], vis_index=prompt.vis_index[:cut],
                 next_pos=start))  # fmt: skip
-        return pad_prompts(prefixes, len(prefixes[0].tokens)), tokens_bgr, mask_bgr, loss_bgr
+        return pad_prompts(prefixes, self._before(kept, sizes)), tokens_bgr, mask_bgr, loss_bgr
 
     def queries(self, problems, length: int):
         """Question tokens for the retriever: int32 [B, length] and their mask."""
@@ -142,15 +182,46 @@ class Prompter:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """Questions about B videos, G each: the latent questions and, per question, the events it needs."""
+    """Questions about B videos, G each.
+
+    Attributes:
+      videos: where they lie in the bank of the run, or in `bank`.
+      questions_bg: problem, problem_type, options, solution, target (what SFT learns to say) and `needed`, the events
+        it is about, of each.
+      ids_b: int [B], a stable id of each video's first question.
+      sizes: what the batch is padded to.
+      style: of `question_text`.
+      shapes: of each video, where they differ.
+      bank: the videos' own patches [B, T, n, C], where the run holds none.
+      query_bd: embeddings of the questions where they are known.
+    """
 
     videos: Videos
     questions_bg: list[list[ask.Question]]
     ids_b: np.ndarray
+    sizes: Sizes
+    style: str = STYLE
+    shapes: tuple[Shape, ...] | None = None
+    bank: np.ndarray | None = None
+    query_bd: np.ndarray | None = None
+
+    def index(self) -> VideoIndex:
+        index = self.videos.index(self.sizes)
+        if self.shapes is None:
+            return index
+        tokens_b = np.array([np.prod(shape.hw) for shape in self.shapes], np.int32)
+        rate_b = np.array([shape.rate for shape in self.shapes], np.float32)
+        return dataclasses.replace(index, shapes=Shapes(tokens_b, rate_b))
+
+    @property
+    def image_b(self) -> np.ndarray:
+        """bool [B]."""
+        return np.array([shape.kind == "image" for shape in self.shapes or ()] or np.zeros(len(self.ids_b)), bool)
 
     @property
     def texts_bg(self):
-        return [[question_text(q.problem, q.problem_type, q.options, STYLE) for q in row] for row in self.questions_bg]
+        text = lambda q: question_text(q.problem, q.problem_type, q.options, self.style)  # noqa: E731
+        return [[text(q) for q in row] for row in self.questions_bg]
 
     @property
     def answers_bg(self):
@@ -175,14 +246,19 @@ class Asked:
 class Recomposer:
     """Training videos out of a pool of decoded events, and questions about them."""
 
-    def __init__(self, pool: recompose.Pool, row_e: np.ndarray, sizes: Sizes, seed: int):
-        self.pool, self.row_e, self.sizes, self.seed = pool, row_e, sizes, seed
+    def __init__(
+        self, pool: recompose.Pool, row_e: np.ndarray, sizes: Sizes, seed: int, files: dict[str, int] | None = None
+    ):
+        """`row_e`: where each event lies in the run's bank; `files`: {video: its first row}."""
+        self.pool, self.row_e, self.sizes, self.seed, self.rows = pool, row_e, sizes, seed, files or {}
         self.emb_ed = np.zeros((len(row_e), 1), np.float32)
 
     def draw(self, stage: str, step: int, videos: int, per_video: int, events: tuple[int, int], types) -> Asked:
         """The videos and questions of one step; the same for the same (seed, stage, step)."""
         rng = np.random.default_rng([self.seed, zlib.crc32(stage.encode()), step])
         ids_be = recompose.recompose(rng, self.pool, tuple(events), videos)
+        most = min(int(events[1]), self.sizes.events)
+        sizes = dataclasses.replace(self.sizes, patches=most * self.sizes.event, events=most)
         pad = self.sizes.events - ids_be.shape[1]
         ids_be = np.pad(ids_be, ((0, 0), (0, pad)), constant_values=-1)
         mask_be = ids_be >= 0
@@ -196,4 +272,11 @@ class Recomposer:
             scenes = [self.pool.events[i] for i in row if i >= 0]
             chosen = rng.permutation(len(types))[np.arange(per_video) % len(types)]
             asked.append([ask.make_question(rng, scenes, types[c]) for c in chosen])
-        return Asked(spans, asked, np.arange(videos) + step * videos)
+        return Asked(spans, asked, np.arange(videos) + step * videos, sizes)
+
+    def files(self, asked: Asked) -> list[list[str]]:
+        """The training videos that each video's events come from."""
+        names, starts = list(self.rows), list(self.rows.values())
+        first = lambda rows: np.searchsorted(starts, rows, side="right") - 1  # noqa: E731
+        videos = zip(asked.videos.row_be, asked.videos.mask_be, strict=True)
+        return [[names[i] for i in first(rows[mask])] for rows, mask in videos]

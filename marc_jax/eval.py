@@ -23,6 +23,8 @@ def main() -> None:
     if not flags.FLAGS.config or not flags.FLAGS.checkpoint:
         raise configs.ConfigError("--config=FILE.py and --checkpoint=FOLDER are both required")
     config = settings.experiment(flags.FLAGS.config)
+    if settings.on_files(config) and not config.data.test:
+        raise configs.ConfigError("config.data.test = '': which question file ? (Video-R1's JSON)")
     started = time.monotonic()
 
     from marc_jax import run

@@ -109,6 +109,19 @@ def check_tokenizer(cfg: Config, source) -> None:
     fits(cfg, Tokenizer.load(folder))
 
 
+def tokenizer(source) -> Tokenizer:
+    """The tokenizer beside the weights at `source`: in its folder, or a run's beside its stage.
+
+    Raises:
+      TokenizerError: none there, or one that cannot be loaded.
+    """
+    folder = pathlib.Path(source)
+    for place in (folder, folder.parent, folder.parent.parent):
+        if any((place / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            return Tokenizer.load(place)
+    raise TokenizerError(f"{folder}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt); copy it there")
+
+
 def fits(cfg: Config, tokenizer: Tokenizer) -> None:
     """TokenizerError where ids of the tokenizer and of the config disagree, or reach beyond the embedding's rows."""
     rows, path = cfg.text.vocab_size, tokenizer.path

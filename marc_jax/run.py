@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -12,16 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines import loader, sources
-from data_pipelines.patches import frames_to_pixel_patches
-from data_pipelines.synthetic import build, recompose
+from data_pipelines.synthetic import build
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, sharding
-from marc_jax.batches import Prompter, Recomposer, Sizes
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding
+from marc_jax import config as configs
+from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
 from marc_jax.memory.view import View, normalise
-from marc_jax.models import qwen25_vl
+from marc_jax.models import prompts, qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
@@ -34,7 +32,10 @@ TOWER_CHUNK = 1024
 
 @dataclasses.dataclass
 class Run:
-    """One run's fixed surroundings, and what its stages leave for the next ones (`features`, `retriever`)."""
+    """One run's fixed surroundings, and what its stages leave for the next ones (`features`, `retriever`).
+
+    `sources`: what stages draw from, by their `file`: a `records.Records`, or the synthetic set's Recomposer under "".
+    """
 
     config: object
     workdir: Path
@@ -43,13 +44,12 @@ class Run:
     prompter: Prompter
     sizes: Sizes
     views: dict[str, View]
-    sampling: indexer.Sampling
+    sampling: indexer.Sampling | indexer.Published
     time_scale: float
     mesh: Mesh
-    recomposer: Recomposer | None = None
+    sources: dict[str, object] = dataclasses.field(default_factory=dict)
     pixels: jax.Array | None = None
     features: jax.Array | None = None
-    files: dict[str, int] = dataclasses.field(default_factory=dict)
     tower: str = ""
     retriever: dict | None = None
     compiled: dict = dataclasses.field(default_factory=dict)
@@ -71,13 +71,18 @@ class Run:
             raise ConfigError(f"unknown view {name!r}; config.views has {', '.join(self.views)}")
         return self.views[name]
 
-    def file_of(self, row: int) -> str:
-        """The training video that row `row` of the bank comes from; `files` holds the first row of each."""
-        starts = list(self.files.values())
-        return list(self.files)[int(np.searchsorted(starts, row, side="right")) - 1]
+    @property
+    def binding(self) -> dict:
+        """How the model is computed: dtype, attention and remat of `qwen25_vl.bind`."""
+        model = self.config.model
+        return {"dtype": jnp.dtype(model.dtype), "attention": model.attention, "remat": model.remat or False}
 
     def embed_sizes(self) -> embed.Sizes:
         return embed.Sizes(self.cfg.vision.hidden_size, self.cfg.text.vocab_size, length=QUESTION)
+
+    def queries(self, asked: Asked, problems):
+        """What `embedded` takes: the questions' tokens; or their embeddings, where they are known."""
+        return self.prompter.queries(problems, asked.sizes.question) if asked.query_bd is None else asked.query_bd
 
     def split(self, *trees):
         """Host arrays onto the mesh, B over data and fsdp; B leads everywhere but in a prompt's positions."""
@@ -101,8 +106,8 @@ class Run:
         """`state.settled` on the run's mesh."""
         return settled(state, self.mesh)
 
-    def parameters(self, source: str) -> dict:
-        """Model parameters (nested), sharded.
+    def parameters(self, source: str, trainable: tuple[str, ...] = ()) -> dict:
+        """Model parameters (nested), sharded; in float32 what matches `trainable`, else in config.model.frozen_dtype.
 
         Args:
           source: a stage of this run, which must be finished; or a folder of published safetensors, or of a checkpoint
@@ -111,7 +116,7 @@ class Run:
         Raises:
           ConfigError: the stage is not finished, saying how far it is, or its last step is damaged.
         """
-        target = qwen25_vl.abstract(self.cfg, mesh=self.mesh)
+        target = self._target(trainable)
         if source and source in self.config.stages:
             try:
                 return pretrained.load_parameters(target, *self.result(source))
@@ -122,11 +127,24 @@ class Run:
             return pretrained.load(source, self.cfg, target)
         return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
 
-    def bank(self, kind: str, params: dict) -> jax.Array:
-        """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
+    def _target(self, trainable: tuple[str, ...]) -> dict:
+        target, dtype = qwen25_vl.abstract(self.cfg, mesh=self.mesh), jnp.dtype(self.config.model.frozen_dtype)
+        trained, frozen = optim.partition(target, trainable)
+        frozen = {k: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding) for k, x in frozen.items()}
+        return optim.join(trained, frozen)
+
+    def bank(self, kind: str, params: dict) -> jax.Array | None:
+        """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`.
+
+        None where batches bring their own; ConfigError where those were computed by another tower.
+        """
         if kind == "pixels":
             return self.pixels
         name = encoders.tower_sha256(params)
+        if settings.on_files(self.config):
+            if name != self.tower:
+                raise ConfigError("a stage starts from another vision tower than config.init_from's, the memory's")
+            return None
         if name != self.tower:
             self.features = self.whole(tower_features(self.cfg, params, self.pixels, self.grid_hw))
             self.tower = name
@@ -134,14 +152,13 @@ class Run:
 
     @property
     def retriever_stage(self) -> str:
-        """The stage that trains the retriever. Raises ConfigError where there is none."""
-        names = [name for name in self.config.stages if self.config[name].kind == "retriever"]
-        if not names:
-            raise ConfigError("this run has no retriever stage")
-        return names[-1]
+        """The stage that trains the retriever; "" where there is none."""
+        return ([""] + [name for name in self.config.stages if self.config[name].kind == "retriever"])[-1]
 
     def load_retriever(self) -> None:
         """The retriever of this run, from its finished stage. Raises ConfigError, CheckpointError as `parameters`."""
+        if not self.retriever_stage:
+            raise ConfigError("this run has no retriever stage")
         folder, step = self.result(self.retriever_stage)
         shapes = jax.eval_shape(lambda: optim.flatten(embed.init(jax.random.key(0), self.embed_sizes())))
         tree, _ = checkpoint.restore(folder, {"params": shapes}, step, partial=True)
@@ -164,7 +181,7 @@ class Run:
         """Takes the trained retriever and embeds the events of the training pool with it."""
         self.retriever = self.whole(retriever)
         features = self.bank("features", self.parameters(source))
-        pool, row_e = self.recomposer.pool, self.recomposer.row_e
+        pool, row_e = self.sources[""].pool, self.sources[""].row_e
         most = int(pool.patches_e.max())
         slot_et = np.arange(most)[None] + row_e[:, None]
         mask_et = np.arange(most)[None] < pool.patches_e[:, None]
@@ -174,7 +191,13 @@ class Run:
             rows = np.resize(np.arange(start, min(start + TOWER_CHUNK, len(row_e))), TOWER_CHUNK)
             chosen = features[np.where(mask_et, slot_et, 0)[rows]]
             parts.append(np.asarray(run(self.retriever, chosen, mask_et[rows]))[: len(row_e) - start])
-        self.recomposer.emb_ed = np.concatenate(parts)
+        self.sources[""].emb_ed = np.concatenate(parts)
+
+
+def embedded(view: View, retriever: dict | None, queries):
+    """Question embeddings [B, D] of `Run.queries`, where the view needs them."""
+    tokens = view.select == "retrieve" and isinstance(queries, tuple)
+    return embed.embed_questions(retriever, *queries) if tokens else queries
 
 
 def opened(checkpoint_folder: str) -> tuple[Run, str]:
@@ -183,9 +206,10 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     folder = folder.parent if folder.name == "checkpoints" else folder
     for workdir, stage in ((folder, ""), (folder.parent, folder.name)):
         if (workdir / "config.json").exists() and (workdir / "tokenizer.json").exists():
-            config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+            config = ConfigDict(settings.completed(json.loads((workdir / "config.json").read_text())))
             here = surroundings(config, workdir)
-            here.load_retriever()
+            if here.retriever_stage or not settings.on_files(config):
+                here.load_retriever()
             return here, stage
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
@@ -262,12 +286,37 @@ def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
 
 
 def prepare(config, workdir: Path) -> Run:
-    """Builds the data if it is not there, and keeps its tokenizer with the run.
+    """Keeps the tokenizer with the run: of config.init_from, or of the synthetic set, built if it is not there.
 
     Raises ConfigError: settings of the data that cannot be, another set in its folder, weights that do not fit.
     """
     check_sources(config)
-    folder = data_folder(config, workdir)
+    if settings.on_files(config):
+        _check_given(config)
+        words = pretrained.tokenizer(config.init_from).to_json()
+    else:
+        build_set(config, data_folder(config, workdir))
+        words = (data_folder(config, workdir) / "tokenizer.json").read_bytes()
+    files.write_whole(workdir / "tokenizer.json", words)
+    run = surroundings(config, workdir)
+    check_sources(config, run.cfg)
+    pretrained.fits(run.cfg, run.tokenizer)
+    return run
+
+
+def _check_given(config) -> None:
+    """What training on files needs and no preset can know."""
+    needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
+    used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
+    if any(config.views[name].select == "retrieve" for name in used):
+        needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
+    given = configs.flat(config)
+    if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
+        raise ConfigError(f"training on files needs {'; '.join(missing)}")
+
+
+def build_set(config, folder: Path) -> None:
+    """The synthetic set in `folder`, if it is not there. Raises ConfigError as `prepare`."""
     sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
     lock = locks.held(folder / ".prepare.lock", f"the data in {folder}", wait=True)
     with lock, metrics.Progress("data", sum(sizes.values())) as bar:
@@ -284,15 +333,18 @@ def prepare(config, workdir: Path) -> Run:
             )  # fmt: skip
         except ValueError as e:
             raise ConfigError(f"config.data: {e}") from None
-    files.write_whole(workdir / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
-    run = surroundings(config, workdir)
-    check_sources(config, run.cfg)
-    return run
 
 
-def surroundings(config, workdir: Path) -> Run:
-    """Everything static of a run that has begun: tokenizer, model sizes, views. Reads no video."""
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+def surroundings(config, workdir: Path | None) -> Run:
+    """Everything static of a run that has begun: tokenizer, model sizes, views. Reads no video.
+
+    `workdir` None, for a model of published size alone: without a tokenizer, so for its shapes only.
+    """
+    tokenizer = None if workdir is None else Tokenizer.load(workdir / "tokenizer.json")
+    views = {name: View(**config.views[name].to_dict()) for name in config.views}
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    if settings.on_files(config):
+        return _on_files(config, workdir, tokenizer, views, mesh)
     most = int(config.data.patches[1])
     lengths = Sizes(int(config.data.events[1]) * most, int(config.data.events[1]), most, QUESTION, ANSWER)
     sampling = indexer.Sampling(config.data.size, config.data.fps, 2 * lengths.patches)
@@ -309,76 +361,18 @@ def surroundings(config, workdir: Path) -> Run:
     time_scale = 2 / config.data.fps * cfg.tokens_per_second
     grid_hw = sampling.grid_hw
     prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
-    views = {name: View(**config.views[name].to_dict()) for name in config.views}
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
     return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
 
 
-_OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set
-
-
-def read_records(folder: Path, split: str) -> list[dict]:
-    """The rows of `<folder>/<split>.json`; every medium lies inside `folder` (whether it can be read shows later).
-
-    Raises ConfigError: the first bad row with file, row and field, and how many more there are.
-    """
-    file, errors, rows = folder / f"{split}.json", [], []
-    try:
-        records = sources.load_records(file, errors=errors)
-    except sources.RecordError as e:
-        raise ConfigError(str(e)) from None
-    for record in records:
-        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row")}
-        rows.append({**record.extra, **fields, "options": list(record.options)})
-        for name, kind in _OWN_FIELDS.items():
-            if not isinstance(record.extra.get(name), kind):
-                reason = "is missing" if name not in record.extra else f"is not a {kind.__name__}"
-                errors.append(sources.RecordError(file, record.row, name, reason))
-        try:
-            sources.confined_path(folder, record.path)
-        except ValueError as e:
-            errors.append(sources.RecordError(file, record.row, "path", str(e)))
-    if errors:
-        errors.sort(key=lambda e: e.row)
-        raise ConfigError(f"{errors[0]}{f' (and {len(errors) - 1} more such errors)' if len(errors) > 1 else ''}")
-    return rows
-
-
-def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
-    """Files that cannot be read are left out, named in `<workdir>/unreadable.jsonl`, and never replaced by others.
-
-    Raises ConfigError beyond one in a hundred: then something else is wrong.
-    """
-    if not errors:
-        return
-    path = run.workdir / "unreadable.jsonl"
-    files.write_whole(path, "".join(json.dumps(error) + "\n" for error in errors))
-    line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
-    if len(errors) > 0.01 * total:
-        raise ConfigError(line)
-    print(f"warning: {line}", file=sys.stderr)
-
-
-def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> dict[str, np.ndarray]:
-    """{name: uint8 patches [t, n, 1176]} of the files that can be read, through the ordinary video reader."""
-    with metrics.Progress(label, len(names)) as bar:
-        clips, errors = loader.decode_many(
-            [folder / name for name in names], run.sampling.read, workers=run.config.data.workers,
-            progress=lambda done, _: bar.update(done),
-        )  # fmt: skip
-    report_unreadable(run, errors, len(names))
-    read = zip(names, clips, strict=True)
-    return {name: frames_to_pixel_patches(clip.frames)[0] for name, clip in read if clip is not None}
-
-
-def load_training(run: Run) -> None:
-    """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
-    folder = data_folder(run.config, run.workdir)
-    records = read_records(folder, "train")
-    pixels = decode_pixels(run, folder, list(dict.fromkeys(record["path"] for record in records)), "decode")
-    pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
-    first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
-    row_e = np.array([first[path] + start for path, start, _ in places])
-    run.files = {path: int(start) for path, start in first.items()}
-    run.pixels = run.whole(np.concatenate(list(pixels.values())))
-    run.recomposer = Recomposer(pool, row_e, run.sizes, run.config.seed)
+def _on_files(config, workdir, tokenizer, views, mesh) -> Run:
+    """The surroundings of a run on files: a published model, frames as Video-R1 takes them, padded to one size."""
+    data, size = config.data, config.model.size
+    cfg = qwen25_vl.qwen25_vl(size) if size else pretrained.config(config.init_from)
+    sampling = indexer.Published(data.fps, data.max_frames, data.frame_tokens, data.image_tokens or data.frame_tokens)
+    patches, lead = data.max_frames // 2, 16
+    prompter = tokenizer and Prompter(tokenizer, (1, sampling.tokens), 1.0, prompts.SYSTEM, cache=256)
+    if prompter:
+        lead = prompter.words("", Shape("video", (1, 1), 1.0))[0]
+    events = max(patches, *(view.k for view in views.values()))
+    sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)
+    return Run(config, workdir, cfg, tokenizer, prompter, sizes, views, sampling, 1.0, mesh)

@@ -16,7 +16,11 @@ VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 KINDS = ("sft", "retriever", "distill", "cgrpo", "encoder")
-COMPUTED = ("auto", "float32", "bfloat16")
+RULES = ("training", "benchmark")
+DTYPES = ("float32", "bfloat16")
+COMPUTED = ("auto", *DTYPES)
+REMAT = ("", "layer", "attention")
+TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -27,6 +31,16 @@ def base() -> ConfigDict:
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
+
+    Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
+    media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
+    image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
+    checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`;
+    `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
+    `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
+    all); `skip_bad` leaves out those that cannot be used.
+    `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
+    `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
     return ConfigDict({
         "title": "MARC",
@@ -41,13 +55,19 @@ def base() -> ConfigDict:
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
+            "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
+            "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
+            "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
         },
         "model": {
+            "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
             "vision": {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128},
             "text": {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 128},
         },
         "encoder": {"path": "", "pool": "mean"},
-        "eval": {"batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher"},
+        "eval": {
+            "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
+        },
     })  # fmt: skip
 
 
@@ -61,12 +81,14 @@ def optimizer() -> ConfigDict:
 def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
+    `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+
     "encoder" (`marc_jax.contrastive`): `pairs` is a file of pairs under the data root `root` ("": the file's folder);
     a step sees `videos` videos, `clips` pairs of each, `frames` frames of each clip; `workers` processes read them (0:
     threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
-    common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64}
-    trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*")}
+    common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
+    trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
     c = ConfigDict(common | {
         "sft": trained | {"questions": 1, "blind": 0.0},
@@ -95,6 +117,26 @@ def arm() -> ConfigDict:
 def claim() -> ConfigDict:
     """`arm` (minus the arm `minus`) should be at least / at most so many points; headline accuracy in percent."""
     return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
+
+
+def on_files(config) -> bool:
+    """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
+    return bool(config.data.train or config.model.size)
+
+
+def completed(raw: dict) -> dict:
+    """A config as a run kept it, with the defaults of keys that came later."""
+    full = base().to_dict() | {name: stage(c["kind"]).to_dict() for name, c in raw.items() if _is_stage(c)}
+
+    def fill(given: dict, defaults: dict) -> dict:
+        inner = {k: fill(v, defaults.get(k, {})) if isinstance(v, dict) else v for k, v in given.items()}
+        return defaults | inner
+
+    return fill(raw, full)
+
+
+def _is_stage(c) -> bool:
+    return isinstance(c, dict) and c.get("kind") in KINDS
 
 
 def experiment(path: str, overrides=None) -> ConfigDict:
@@ -148,6 +190,9 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
+    wrong += _file_problems(config) if on_files(config) else []
+    if config.eval.rule not in RULES:
+        wrong.append(f"eval.rule = {config.eval.rule!r}: choose one of {', '.join(RULES)}")
     if config.init_from and not _holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
@@ -162,6 +207,33 @@ def validate(config: ConfigDict) -> None:
     wrong += [problem for name in config.eval.arms for problem in _arm_problems(config, name, done)]
     if wrong:
         raise ConfigError("; ".join(f"config.{problem}" for problem in wrong))
+
+
+def _file_problems(config) -> list[str]:
+    """Of a run on files."""
+    data, wrong = config.data, []
+    if data.max_frames < 2 or data.max_frames % 2:
+        wrong.append(f"data.max_frames = {data.max_frames} must be even")
+    if not data.buckets or max(data.buckets) != data.max_frames // 2 or min(data.buckets) < 1:
+        wrong.append(f"data.buckets = {data.buckets} must end with data.max_frames / 2 = {data.max_frames // 2}")
+    if min(data.frame_tokens, data.question_tokens, data.answer_tokens) < 1 or data.fps <= 0:
+        wrong.append("data.frame_tokens, question_tokens, answer_tokens and fps must be positive")
+    if data.tokens not in TOKENS:
+        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(TOKENS)}")
+    for key in ("dtype", "frozen_dtype"):
+        if config.model[key] not in DTYPES:
+            wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(DTYPES)}")
+    if config.model.remat not in REMAT:
+        wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
+    for name in config.views:
+        if config.views[name].method == "pooled" or config.views[name].tokens is not None:
+            wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
+    for name in (name for name in config.stages if name in config):
+        if config[name].kind == "retriever":
+            wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
+        if config[name].visual != "features" or config[name].get("questions", 1) != 1:
+            wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
+    return wrong
 
 
 def _view_problems(name: str, c) -> list[str]:
@@ -192,7 +264,7 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     known("init")
     if c.steps < 1 or c.videos < 1:
         wrong.append(f"{name}.steps and {name}.videos must be at least 1")
-    if c.events[1] > config.data.events[1]:
+    if c.events[1] > config.data.events[1] and not on_files(config):
         wrong.append(f"{name}.events = {tuple(c.events)} goes beyond data.events = {tuple(config.data.events)}")
     if c.visual not in VISUAL:
         wrong.append(f"{name}.visual = {c.visual!r}: choose one of {', '.join(VISUAL)}")
@@ -202,8 +274,10 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         return wrong
     if c.view not in config.views:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
-    elif config.views[c.view].select == "retrieve" and "retriever" not in {config[s].kind for s in done if s in config}:
+    elif config.views[c.view].select == "retrieve" and not _can_retrieve(config, done):
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
+    if c.micro_batches < 1 or c.videos % c.micro_batches:
+        wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
     if c.kind in ("distill", "cgrpo"):
         known("teacher")
         if c.teacher_view not in config.views:
@@ -237,6 +311,11 @@ def _encoder_problems(name: str, c, done: list[str]) -> list[str]:
     return wrong
 
 
+def _can_retrieve(config, done: list[str]) -> bool:
+    """On files an encoder may do it, which `run.prepare` asks for."""
+    return on_files(config) or "retriever" in {config[name].kind for name in done if name in config}
+
+
 def _holds_weights(source: str) -> bool:
     """Whether a folder looks like published weights, or has checkpoint steps; they are checked when the run begins."""
     folder = Path(source)
@@ -247,7 +326,7 @@ def _holds_weights(source: str) -> bool:
 
 def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     c, wrong = config.eval.arms[name], []
-    if c.stage not in done:
+    if c.stage not in done and (c.stage or not on_files(config)):
         wrong.append(f"eval.arms.{name}.stage = {c.stage!r} is not one of the stages")
     if c.view not in config.views:
         wrong.append(f"eval.arms.{name}.view = {c.view!r} is not one of config.views")
@@ -264,8 +343,10 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     text = configs.to_json(config)
     if path.exists():
         before, now = json.loads(path.read_text()), json.loads(text)
-        before = json.loads(configs.to_json(base())) | before  # keys that came after that run have their default
+        before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
+            for name in ("test", "root", "skip_bad", "workers", "memory"):
+                c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)
         if before != now:

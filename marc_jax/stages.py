@@ -16,14 +16,14 @@ import jax
 import numpy as np
 import optax
 
-from marc_jax import optim, state
-from marc_jax.batches import Sizes
+from marc_jax import optim, settings, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
 from marc_jax.rl import advantages, answers, parity, rewards, rollout, step
+from marc_jax.rl.teacher import TeacherCache, weights_hash
 from marc_jax.rl.types import Completions
-from marc_jax.run import Run
+from marc_jax.run import Run, embedded
 
 
 def build(run: Run, name: str):
@@ -34,7 +34,8 @@ def build(run: Run, name: str):
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     if stage.videos % ways:
         raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
-    if stage.kind != "retriever" and run.view(stage.view).select == "retrieve" and run.retriever is None:
+    needed = stage.kind != "retriever" and run.view(stage.view).select == "retrieve" and bool(run.retriever_stage)
+    if needed and run.retriever is None:
         run.load_retriever()
         run.use_retriever(run.retriever, run.config[run.retriever_stage].init)
     return KINDS[stage.kind](run, name, stage)
@@ -42,7 +43,7 @@ def build(run: Run, name: str):
 
 def _start(run: Run, name: str, stage):
     """(nested parameters, fresh state, optax chain) of a stage that trains (part of) the model."""
-    params = run.parameters(stage.init)
+    params = run.parameters(stage.init, tuple(stage.trainable))
     trainable, frozen = optim.partition(params, tuple(stage.trainable))
     if stage.visual == "features" and any(k.startswith("vision/") and "merger" not in k for k in trainable):
         raise ConfigError(f"config.{name}: visual='features' caches a frozen tower, but trainable includes the tower")
@@ -60,64 +61,51 @@ def _jit(step_fn: Callable, first: state.TrainState) -> Callable:
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, first), None))
 
 
-def _sizes(run: Run, stage) -> Sizes:
-    """Static lengths of the stage's videos: shorter where it draws fewer events."""
-    most = min(int(stage.events[1]), run.sizes.events)
-    return dataclasses.replace(run.sizes, patches=most * run.sizes.event, events=most)
-
-
 def _drawn(run: Run, name: str, number: int):
     """The videos and questions of step `number`, from 0."""
     stage = run.config[name]
     per_video = stage.get("questions", 1)
-    return run.recomposer.draw(name, number, stage.videos, per_video, stage.events, stage.types)
+    return run.sources[stage.file].draw(name, number, stage.videos, per_video, stage.events, stage.types)
 
 
 def samples(run: Run, name: str, number: int) -> dict[str, dict]:
-    """{sample id: the files its events come from, its questions} of step `number`, from 0, for a person to look at."""
+    """{sample id: the files it is made of, its questions} of step `number`, from 0, for a person to look at."""
     asked = _drawn(run, name, number)
-    videos = zip(asked.videos.row_be, asked.videos.mask_be, asked.problems_bg, strict=True)
-    return {
-        str(number): {"videos": [run.file_of(row) for row in rows[mask]], "questions": problems}
-        for number, (rows, mask, problems) in zip(asked.ids_b.tolist(), videos, strict=True)
-    }
+    files = run.sources[run.config[name].file].files(asked)
+    rows = zip(asked.ids_b.tolist(), files, asked.problems_bg, strict=True)
+    return {str(i): {"videos": files, "questions": problems} for i, files, problems in rows}
 
 
 def _encode(run: Run, view: views.View):
     return views.make_encode(view, run.grid_hw, run.time_scale)
 
 
-def _query(view: views.View, retriever, queries):
-    return embed.embed_questions(retriever, *queries) if view.select == "retrieve" else None
-
-
 def sft(run: Run, name: str, stage):
     """Questions about one video share the prompt up to its last visual token."""
     params, first, tx = _start(run, name, stage)
-    view, sizes, bank = run.view(stage.view), _sizes(run, stage), run.bank(stage.visual, params)
-    update = step.make_sft_step(run.cfg, _encode(run, view), tx)
+    view, most, bank = run.view(stage.view), run.sizes.event, run.bank(stage.visual, params)
+    update = step.make_sft_step(run.cfg, _encode(run, view), tx, micro_batches=stage.micro_batches, **run.binding)
 
     def advance(now, bank, index, retriever, queries, prompt, tokens, mask, train):
-        query = _query(view, retriever, queries)
-        visual = views.select(view, index, query, bank, sizes.event, now.step_key)
+        query = embedded(view, retriever, queries)
+        visual = views.select(view, index, query, bank, most, now.step_key)
         return update(now, step.SFTBatch(prompt, visual, tokens, mask, train))
 
     advance = _jit(advance, first)
 
     def draw(number: int):
         asked = _drawn(run, name, number)
-        index = asked.videos.index(sizes)
-        kept = view.kept(sizes.patches, sizes.event)
-        lengths = index.mask_bt.sum(1)
-        split = run.prompter.split(asked.texts_bg, asked.answers_bg, kept, lengths, sizes)
+        index, sizes = asked.index(), asked.sizes
+        kept, lengths = view.kept(sizes.patches, most), index.mask_bt.sum(1)
+        split = run.prompter.split(asked.texts_bg, asked.answers_bg, kept, lengths, sizes, asked.shapes)
         blind = np.arange(stage.videos) < stage.blind * stage.videos
         index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
-        queries = run.prompter.queries(asked.problems[:: stage.questions], sizes.question)
-        return run.split(index, queries, *split)
+        queries = run.queries(asked, asked.problems[:: stage.questions])
+        return run.split(asked.bank, index, queries, *split)
 
     def learn(now, batch):
-        index, *others = batch
-        return advance(now, bank, index, run.retriever, *others)
+        own, index, *others = batch
+        return advance(now, bank if own is None else own, index, run.retriever, *others)
 
     return first, draw, learn, tuple(first.params)
 
@@ -125,7 +113,7 @@ def sft(run: Run, name: str, stage):
 def retriever(run: Run, name: str, stage):
     """Softmax over the events of the question's own video, plus in-batch InfoNCE; every needed event is a positive."""
     model = run.parameters(stage.init)
-    bank, sizes = run.bank("features", model), _sizes(run, stage)
+    bank = run.bank("features", model)
     params = run.whole(optim.flatten(embed.init(jax.random.key(run.config.seed + 1), run.embed_sizes())))
     tx = optim.make(stage.optimizer, stage.steps)
     first = run.settle(state.create(tx, params, key=jax.random.key(run.config.seed)))
@@ -134,7 +122,7 @@ def retriever(run: Run, name: str, stage):
         def objective(flat):
             params = optim.unflatten(flat)
             emb_bed, mask_be = embed.embed_events(
-                params, bank[index.patch_bt], index.mask_bt, index.event_bt, sizes.events
+                params, bank[index.patch_bt], index.mask_bt, index.event_bt, needed_be.shape[1]
             )
             query_bd = embed.embed_questions(params, *queries)
             total, count, _ = embed.loss(params, query_bd, emb_bed, mask_be, needed_be, in_batch=stage.in_batch)
@@ -152,8 +140,8 @@ def retriever(run: Run, name: str, stage):
 
     def draw(number: int):
         asked = _drawn(run, name, number)
-        queries = run.prompter.queries(asked.problems, sizes.question)
-        return run.split(asked.videos.index(sizes), queries, asked.needed(sizes.events))
+        queries = run.prompter.queries(asked.problems, asked.sizes.question)
+        return run.split(asked.index(), queries, asked.needed(asked.sizes.events))
 
     return first, draw, lambda now, batch: advance(now, bank, *batch), tuple(first.params)
 
@@ -164,34 +152,31 @@ def _two_views(run: Run, stage):
     return teacher, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
 
 
-def _prompt_pair(run, stage, name, number, sizes, view, full):
+def _prompt_pair(run, name, number, view, full):
     """The same questions as the student and as the teacher reads them; one question per video."""
     asked = _drawn(run, name, number)
-    index = asked.videos.index(sizes)
-    queries = run.prompter.queries(asked.problems, sizes.question)
+    index, sizes = asked.index(), asked.sizes
     texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
-    prompts = [run.prompter.whole(texts, v.kept(sizes.patches, sizes.event), lengths, sizes) for v in (view, full)]
-    return asked, run.split(index, queries, *prompts, asked.ids_b)
-
-
-def _visuals(view, full, now, banks, index, retriever, queries, max_event: int):
-    """What the student and what the teacher looks at, of the same videos."""
-    query = _query(view, retriever, queries)
-    pairs = zip((view, full), banks, strict=True)
-    return [views.select(v, index, query, bank, max_event, now.step_key) for v, bank in pairs]
+    kept = [v.kept(sizes.patches, run.sizes.event) for v in (view, full)]
+    prompts = [run.prompter.whole(texts, k, lengths, sizes, asked.shapes) for k in kept]
+    return asked, run.split(asked.bank, index, run.queries(asked, asked.problems), *prompts, asked.ids_b)
 
 
 def distill(run: Run, name: str, stage):
     """Sample from the student, judge along its tokens by the teacher, update; one compiled step."""
     params, first, tx = _start(run, name, stage)
     teacher, view, full, teacher_bank = _two_views(run, stage)
-    sizes, bank, how = _sizes(run, stage), run.bank(stage.visual, params), run.decoding(stage.temperature)
+    most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
     encode, encode_full = _encode(run, view), _encode(run, full)
-    sample = step.make_sampler(run.cfg, encode, how)
-    update = step.make_distill_step(run.cfg, encode, encode_full, tx, how)
+    sample = step.make_sampler(run.cfg, encode, how, **run.binding)
+    update = step.make_distill_step(
+        run.cfg, encode, encode_full, tx, how, micro_batches=stage.micro_batches, **run.binding
+    )
 
     def advance(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
-        visual, full_visual = _visuals(view, full, now, banks, index, retriever, queries, sizes.event)
+        query = embedded(view, retriever, queries)
+        pairs = zip((view, full), banks, strict=True)
+        visual, full_visual = (views.select(v, index, query, bank, most, now.step_key) for v, bank in pairs)
         keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
         done = sample(jax.lax.stop_gradient(now.model), prompt, visual, keys)
         batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
@@ -200,30 +185,38 @@ def distill(run: Run, name: str, stage):
     advance = _jit(advance, first)
 
     def learn(now, batch):
-        _, (index, *others) = batch
-        return advance(now, teacher, (bank, teacher_bank), index, run.retriever, *others)
+        _, (own, index, *others) = batch
+        banks = (bank, teacher_bank) if own is None else (own, own)
+        return advance(now, teacher, banks, index, run.retriever, *others)
 
-    return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
+    return first, lambda n: _prompt_pair(run, name, n, view, full), learn, tuple(first.params)
 
 
 def cgrpo(run: Run, name: str, stage):
     """Rollouts on the device, rewards on the host (text in, floats out), advantages and update on the device."""
     params, first, tx = _start(run, name, stage)
     teacher, view, full, teacher_bank = _two_views(run, stage)
-    sizes, bank, how = _sizes(run, stage), run.bank(stage.visual, params), run.decoding(stage.temperature)
+    most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
     encode, encode_full = _encode(run, view), _encode(run, full)
-    sample, sample_full = (step.make_sampler(run.cfg, e, how) for e in (encode, encode_full))
+    sample, sample_full = (step.make_sampler(run.cfg, e, how, **run.binding) for e in (encode, encode_full))
     scale, losses = parity.parity(stage.parity, kl_coef=stage.beta)
     keeping = rewards.RetentionConfig(alpha=stage.alpha, tau=stage.tau)
-    update = step.make_grpo_step(run.cfg, encode, tx, how, losses)
+    update = step.make_grpo_step(
+        run.cfg, encode, tx, how, losses, micro_batches=stage.micro_batches, **run.binding
+    )
+    known = _teacher_cache(run, stage, teacher, how)
 
     @jax.jit
-    def sample_both(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
-        visual, full_visual = _visuals(view, full, now, banks, index, retriever, queries, sizes.event)
-        keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
-        full_keys = rollout.rollout_keys(jax.random.fold_in(now.key, 1), now.step, ids_b, stage.teacher_group)
-        done = sample(now.model, prompt, visual, keys)
-        return visual, done, sample_full(teacher, full_prompt, full_visual, full_keys)
+    def answer(now, bank, index, retriever, queries, prompt, ids_b):
+        visual = views.select(view, index, embedded(view, retriever, queries), bank, most, now.step_key)
+        return visual, sample(now.model, prompt, visual, rollout.rollout_keys(now.key, now.step, ids_b, stage.group))
+
+    @jax.jit
+    def answer_full(now, teacher, bank, index, retriever, queries, prompt, ids_b):
+        visual = views.select(full, index, embedded(full, retriever, queries), bank, most, now.step_key)
+        # Where the answers are kept on disk they may depend on nothing but the question.
+        key, number = (jax.random.fold_in(now.key, 1), now.step) if known is None else (run.config.seed, 0)
+        return sample_full(teacher, prompt, visual, rollout.rollout_keys(key, number, ids_b, stage.teacher_group))
 
     def improve(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
         gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
@@ -233,17 +226,37 @@ def cgrpo(run: Run, name: str, stage):
     improve = _jit(improve, first)
 
     def learn(now, batch):
-        asked, (index, queries, prompt, *others) = batch
-        banks = (bank, teacher_bank)
-        visual, done, full_done = sample_both(now, teacher, banks, index, run.retriever, queries, prompt, *others)
+        asked, (own, index, queries, prompt, full_prompt, ids_b) = batch
+        banks = (bank, teacher_bank) if own is None else (own, own)
+        visual, done = answer(now, banks[0], index, run.retriever, queries, prompt, ids_b)
+        ask_teacher = lambda: judge(  # noqa: E731
+            run, answer_full(now, teacher, banks[1], index, run.retriever, queries, full_prompt, ids_b), asked
+        )[0]
+        a_full_b = ask_teacher().mean(1) if known is None else _known(known, asked.ids_b.tolist(), ask_teacher)
         right_bg, format_bg = judge(run, done, asked)
-        a_full_b = judge(run, full_done, asked)[0].mean(1)
-        kept = rewards.retention(right_bg, a_full_b, np.zeros(len(a_full_b), bool), keeping)
+        kept = rewards.retention(right_bg, a_full_b, asked.image_b, keeping)
         now, values = improve(now, teacher, prompt, visual, done, *run.split(right_bg + format_bg, kept.bonus_bg))
         host = {"accuracy": right_bg.mean(), "format": format_bg.mean(), "teacher_accuracy": a_full_b.mean()}
         return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
 
-    return first, lambda n: _prompt_pair(run, stage, name, n, sizes, view, full), learn, tuple(first.params)
+    return first, lambda n: _prompt_pair(run, name, n, view, full), learn, tuple(first.params)
+
+
+def _teacher_cache(run: Run, stage, teacher: dict, how) -> TeacherCache | None:
+    """a_full of questions on file, which come again each epoch; the synthetic set's are never asked twice."""
+    if not settings.on_files(run.config):
+        return None
+    told = dataclasses.asdict(how) | {"group": stage.teacher_group, "seed": run.config.seed}
+    told |= {"view": dataclasses.asdict(run.view(stage.teacher_view)), "file": stage.file or run.config.data.train}
+    return TeacherCache(run.workdir / "teacher.jsonl", weights_hash(teacher), told)
+
+
+def _known(known: TeacherCache, ids: list[int], ask: Callable) -> np.ndarray:
+    """a_full [B] from the cache; one batch of the teacher's rollouts where it lacks any."""
+    if missing := known.missing(ids):
+        answered = dict(zip(ids, ask(), strict=True))
+        known.add(missing, np.stack([answered[i] for i in missing]))
+    return known.a_full(ids)
 
 
 KINDS = {"sft": sft, "retriever": retriever, "distill": distill, "cgrpo": cgrpo}

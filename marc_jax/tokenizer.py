@@ -129,6 +129,10 @@ class Tokenizer:
         except Exception as e:  # the library raises plain Exception for any malformed file
             raise TokenizerError(f"{path}: not a tokenizer.json ({e})") from None
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json, from whatever form it was loaded."""
+        return self._tok.to_str()
+
     def encode(self, text: str) -> list[int]:
         return self._tok.encode(text, add_special_tokens=False).ids
 

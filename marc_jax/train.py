@@ -27,7 +27,7 @@ def main() -> None:
 
     import time
 
-    from marc_jax import contrastive, locks, loop, optim, run, stages
+    from marc_jax import contrastive, locks, loop, optim, records, run, stages, synthetic
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
@@ -41,7 +41,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
     here = run.prepare(config, workdir)
-    run.load_training(here)
+    on_files = settings.on_files(config)
+    (records if on_files else synthetic).load_training(here)
     timings["data"] = time.monotonic() - started
 
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
@@ -60,7 +61,7 @@ def main() -> None:
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
-    if config.eval.arms and not any(config.only):
+    if config.eval.arms and not any(config.only) and (config.data.test or not on_files):
         with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
             experiment.report_on(here, timings, started)
 

@@ -54,6 +54,8 @@ ABOVE = {
     "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state", *FOUNDATION),
     "marc_jax.pretrained": ("marc_jax.checkpoint", "marc_jax.models", "marc_jax.tokenizer", *FOUNDATION),
     "marc_jax.run": ("data_pipelines", "marc_jax"),
+    "marc_jax.records": ("data_pipelines", "marc_jax"),
+    "marc_jax.synthetic": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
@@ -169,7 +171,8 @@ def test_rooms_above_the_maths_know_only_what_they_build_on(name):
 
 def test_what_runs_share_knows_neither_stages_nor_evaluation():
     above = ("marc_jax.stages", "marc_jax.loop", "marc_jax.evaluation")
-    assert_none(offences(modules("marc_jax/run"), lambda m: within(m, above)))
+    for name in ("run", "records", "synthetic"):
+        assert_none(offences(modules(f"marc_jax/{name}"), lambda m: within(m, above)))
     assert_none(offences(modules("marc_jax/stages"), lambda m: within(m, above[1:])))
 
 

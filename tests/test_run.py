@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import run, settings
+from marc_jax import run, settings, synthetic
 from marc_jax.config import ConfigError
 
 
@@ -22,7 +22,7 @@ def write(folder, rows):
 def test_records_come_back_as_they_were_built(tmp_path):
     want = records()
     write(tmp_path, want)
-    got = run.read_records(tmp_path, "test")
+    got = synthetic.read_records(tmp_path, "test")
     assert got == want
     assert recompose.pool_from_records(got)[1] == recompose.pool_from_records(want)[1]
 
@@ -41,32 +41,32 @@ def test_a_bad_row_is_named_with_its_field(tmp_path, change, words):
     rows = records()
     write(tmp_path, [rows[0], rows[1] | change, rows[2]])
     with pytest.raises(ConfigError) as e:
-        run.read_records(tmp_path, "test")
+        synthetic.read_records(tmp_path, "test")
     assert str(e.value).startswith(f"{tmp_path / 'test.json'}, row 1, {words}") and "\n" not in str(e.value)
 
 
 def test_a_field_that_all_rows_lack_is_one_line(tmp_path):
     write(tmp_path, [{k: v for k, v in row.items() if k != "events"} for row in records()])
     with pytest.raises(ConfigError, match=r"row 0, field 'events': is missing \(and 2 more such errors\)"):
-        run.read_records(tmp_path, "test")
+        synthetic.read_records(tmp_path, "test")
 
 
 def test_a_link_out_of_the_data_is_refused_and_an_absent_file_is_not(tmp_path):
     rows = records(1)
     write(tmp_path, rows)
-    assert run.read_records(tmp_path, "test")  # the reader of videos reports files that are not there
+    assert synthetic.read_records(tmp_path, "test")  # the reader of videos reports files that are not there
     path = tmp_path / rows[0]["path"]
     path.parent.mkdir(parents=True)
     path.symlink_to(tmp_path.parent / "secret.mp4")
     with pytest.raises(ConfigError, match="leads out of the data root"):
-        run.read_records(tmp_path, "test")
+        synthetic.read_records(tmp_path, "test")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[{", "{}"])
 def test_a_file_without_records_is_one_line(tmp_path, text):
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(ConfigError, match=f"{tmp_path / 'test.json'}.*: "):
-        run.read_records(tmp_path, "test")
+        synthetic.read_records(tmp_path, "test")
 
 
 def test_data_that_cannot_be_is_one_line(tmp_path, repo, monkeypatch):

@@ -3,6 +3,7 @@
 Shapes only: parameters, state and batches are ShapeDtypeStructs with the shardings a run gives them.
 """
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -50,9 +51,11 @@ class Shapes:
         rows = self.rows
         return PromptBatch(rows((b, p)), rows((b, p), bool), rows((3, b, p), axis=1), rows((b, p)), rows((b,)))
 
-    def visual(self, b, s, n, c, dtype) -> Visual:
+    def visual(self, b, s, n, c, dtype, *, varied: bool = False) -> Visual:
+        """`varied`: videos of several shapes, padded."""
         rows = self.rows
-        return Visual(rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32))
+        differ = views.Shapes(rows((b,)), rows((b,), jnp.float32)) if varied else None
+        return Visual(rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32), differ)
 
     def completions(self, b, g, r) -> Completions:
         shape = (b, g, r)
@@ -178,9 +181,12 @@ def of_experiment(path: str, overrides, attention: str, devices):
     from marc_jax import run
 
     config = settings.experiment(path, overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary.write_tokenizer(Path(folder) / "tokenizer.json")
-        here = run.surroundings(settings_on_host(config), Path(folder))
+    if settings.on_files(config):
+        here = run.surroundings(settings_on_host(config), None)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            vocabulary.write_tokenizer(Path(folder) / "tokenizer.json")
+            here = run.surroundings(settings_on_host(config), Path(folder))
     mesh = sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
     names = [name for name in config.stages if config[name].kind != "retriever"]
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -188,7 +194,14 @@ def of_experiment(path: str, overrides, attention: str, devices):
         if config[name].videos % ways:
             raise ValueError(f"config.{name}.videos = {config[name].videos} does not divide over {ways} chips")
     shapes = Shapes(here.cfg, mesh)
-    made = {name: functools.partial(_stage, here, name, config[name], shapes, attention) for name in names}
+    made = {}
+    for name in names:
+        case = Case(here, config[name], shapes, attention)
+        made[name] = case.update
+        if config[name].kind != "sft":
+            made |= {f"{name}_rollout": case.rollout, f"{name}_teacher": case.teacher}
+        if config[name].kind == "distill":
+            del made[f"{name}_teacher"]  # it judges inside the update
     return mesh, made, notes(here.cfg, mesh)
 
 
@@ -199,33 +212,62 @@ def settings_on_host(config):
     return here
 
 
-def _stage(here, name: str, stage, shapes: Shapes, attention: str) -> Program:
-    cfg, sizes, tx = here.cfg, here.sizes, optim.make(stage.optimizer, stage.steps)
-    per_patch, b = here.grid_hw[0] * here.grid_hw[1], stage.videos
-    now = shapes.state(tx, tuple(stage.trainable), jnp.float32)
-    encode = functools.partial(views.make_encode, grid_hw=here.grid_hw, time_scale=here.time_scale)
+class Case:
+    """The programs of one training stage, at its largest sizes."""
 
-    def seen(name, rest):
-        view = here.view(name)
-        width, dtype = (cfg.vision.patch_dim, jnp.uint8)
+    def __init__(self, here, stage, shapes: Shapes, attention: str):
+        self.here, self.stage, self.shapes, self.cfg = here, stage, shapes, here.cfg
+        self.bind = here.binding | {"attention": attention}
+        self.frozen = jnp.dtype(here.config.model.frozen_dtype)
+        self.tx = optim.make(stage.optimizer, stage.steps)
+        self.state = shapes.state(self.tx, tuple(stage.trainable), self.frozen)
+        self.how = None
+        if stage.kind != "sft":
+            how = here.decoding(stage.temperature) if here.tokenizer else _sampling(here.cfg)
+            self.how = dataclasses.replace(how, max_new=here.config.max_new_tokens, temperature=stage.temperature)
+
+    def seen(self, name: str, rest: int):
+        """(encode, prompt, visual) of a view; `rest`: tokens of a prompt behind its visual ones."""
+        here, stage, sizes = self.here, self.stage, self.here.sizes
+        view, varied = here.view(name), settings.on_files(here.config)
+        per_patch, b = here.grid_hw[0] * here.grid_hw[1], stage.videos
+        width, dtype = (self.cfg.vision.patch_dim, jnp.uint8)
         if stage.visual == "features":
-            width, dtype = cfg.vision.hidden_size, jnp.float32
-        visual = shapes.visual(b, view.patches(sizes.patches, sizes.event), per_patch, width, dtype)
-        kept = view.kept(sizes.patches, sizes.event)
-        return encode(view), shapes.prompt(b, 3 + kept * per_patch // 4 + rest), visual
+            width, dtype = self.cfg.vision.hidden_size, jnp.bfloat16 if varied else jnp.float32
+        count = view.patches(sizes.patches, sizes.event)
+        visual = self.shapes.visual(b, count, per_patch, width, dtype, varied=varied)
+        length = sizes.lead + view.kept(sizes.patches, sizes.event) * per_patch // 4 + rest
+        encode = views.make_encode(view, here.grid_hw, here.time_scale)
+        return encode, self.shapes.prompt(b, length), visual
 
-    if stage.kind == "sft":
-        look, *batch = seen(stage.view, 0)
-        make = step.make_sft_step(cfg, look, tx, attention=attention)
-        args = (shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer),)
-        return Program(keep_state(make, now), (now, *args))
-    how, done = here.decoding(stage.temperature), shapes.completions(b, stage.group, here.config.max_new_tokens)
-    look, *batch = seen(stage.view, sizes.question)
-    teacher = shapes.params(jnp.float32)
-    if stage.kind == "cgrpo":
-        make = step.make_grpo_step(cfg, look, tx, how, parity(stage.parity, kl_coef=stage.beta)[1], attention=attention)
-        grpo = step.GRPOBatch(*batch, done, shapes.rows((b, stage.group), jnp.float32))
-        return Program(keep_state(make, now), (now, grpo, teacher))
-    look_full, *full = seen(stage.teacher_view, sizes.question)
-    make = step.make_distill_step(cfg, look, look_full, tx, how, attention=attention)
-    return Program(keep_state(make, now), (now, step.DistillBatch(*batch, *full, done), teacher))
+    def update(self) -> Program:
+        stage, sizes, shapes, b = self.stage, self.here.sizes, self.shapes, self.stage.videos
+        many = self.bind | {"micro_batches": stage.micro_batches}
+        if stage.kind == "sft":
+            look, *batch = self.seen(stage.view, 0)
+            make = step.make_sft_step(self.cfg, look, self.tx, **many)
+            return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
+        look, *batch = self.seen(stage.view, sizes.question)
+        done, teacher = shapes.completions(b, stage.group, self.how.max_new), shapes.params(self.frozen)
+        if stage.kind == "cgrpo":
+            losses = parity(stage.parity, kl_coef=stage.beta)[1]
+            make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **many)
+            gains = shapes.rows((b, stage.group), jnp.float32)
+            return self._program(make, step.GRPOBatch(*batch, done, gains), teacher)
+        look_full, *full = self.seen(stage.teacher_view, sizes.question)
+        make = step.make_distill_step(self.cfg, look, look_full, self.tx, self.how, **many)
+        return self._program(make, step.DistillBatch(*batch, *full, done), teacher)
+
+    def _program(self, make, *others) -> Program:
+        return Program(keep_state(make, self.state), (self.state, *others), (0,))
+
+    def rollout(self) -> Program:
+        return self._sampling(self.stage.view, optim.join(self.state.params, self.state.frozen), self.stage.group)
+
+    def teacher(self) -> Program:
+        return self._sampling(self.stage.teacher_view, self.shapes.params(self.frozen), self.stage.teacher_group)
+
+    def _sampling(self, view: str, params, group: int) -> Program:
+        look, *batch = self.seen(view, self.here.sizes.question)
+        sample = step.make_sampler(self.cfg, look, self.how, **self.bind)
+        return Program(sample, (params, *batch, self.shapes.keys(self.stage.videos, group)))

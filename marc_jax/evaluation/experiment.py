@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from data_pipelines import video
+from marc_jax import records, settings
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
 from marc_jax.memory import view as views
@@ -49,13 +50,15 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     return results
 
 
-def memory_of(here: Run, sources) -> run.TestSet:
+def memory_of(here: Run, sources) -> run.TestSet | records.Records:
     """The indexed test set, by the weights of the teacher arm: what the memory on disk was made with."""
+    if settings.on_files(here.config):
+        return records.open_records(here, here.config.data.test, "eval")
     params, _ = sources[here.config.eval.teacher]
     return run.index_test(here, params, pixels=any(visual == "pixels" for _, visual in sources.values()))
 
 
-def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
+def assemble(here: Run, test: run.TestSet | records.Records, rows: dict, timings: dict) -> dict:
     """results.json, see `report` for its schema."""
     config = here.config
     apart = tuple(config.eval.apart)
@@ -75,8 +78,7 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         "chance": scoring.chance(rows[config.eval.teacher], apart=apart),
         "claims": claims(arms, config),
         "comparisons": compared(rows, config, apart),
-        "retriever": run.retrieval(here, test),
-        "segmentation": run.segmentation(test.found, test.records),
+        **about(here, test),
         "timings": {name: round(seconds, 1) for name, seconds in timings.items()},
         "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "curves": {name: str((here.workdir / name / "metrics.jsonl").resolve()) for name in config.stages},
@@ -84,10 +86,19 @@ def assemble(here: Run, test: run.TestSet, rows: dict, timings: dict) -> dict:
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
-        "split": f"{len(test.records)} held-out questions on {len(test.found)} videos that no stage has seen",
         "decoding": f"greedy, at most {config.max_new_tokens} tokens",
         "config": config.to_dict(),
     }
+
+
+def about(here: Run, test: run.TestSet | records.Records) -> dict:
+    """What the questions were, and what is known of their events."""
+    if isinstance(test, run.TestSet):
+        split = f"{len(test.records)} held-out questions on {len(test.found)} videos that no stage has seen"
+        found = run.segmentation(test.found, test.records)
+        return {"split": split, "retriever": run.retrieval(here, test), "segmentation": found}
+    count = len(test.records)
+    return {"split": f"{count} of {count + len(test.unreadable)} questions of {here.config.data.test}"}
 
 
 def claims(arms: list[dict], config) -> list[dict]:
@@ -123,10 +134,10 @@ def hardware() -> str:
     return f"{devices}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
 
 
-def draw_samples(here: Run, test: run.TestSet, sources, rows, folder: Path) -> list[dict]:
+def draw_samples(here: Run, test: run.TestSet | records.Records, sources, rows, folder: Path) -> list[dict]:
     """One picture per question type: frames, events, what was retrieved, what was merged, what each arm said."""
     arm = here.config.eval.main
-    if arm not in sources:
+    if arm not in sources or not isinstance(test, run.TestSet):
         return []
     seen, made = set(), []
     for i, record in enumerate(test.records):

@@ -5,22 +5,24 @@ The test videos are indexed once into a memory on disk; every arm reads its patc
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
-from data_pipelines.sources import question_text
 from data_pipelines.video import VideoError
-from marc_jax import files, metrics
-from marc_jax.batches import STYLE, Sizes, Videos
+from marc_jax import files, metrics, settings
+from marc_jax.batches import Asked, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging
 from marc_jax.memory import embed, indexer, store
 from marc_jax.memory import view as views
+from marc_jax.records import Records
 from marc_jax.rl import rollout, step
-from marc_jax.run import Run, data_folder, read_records, report_unreadable
+from marc_jax.run import Run, data_folder, embedded
+from marc_jax.synthetic import read_records, report_unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,11 @@ class TestSet:
     sizes: Sizes
     found: dict[str, store.MemoryEntry]
     unreadable: tuple[dict, ...] = ()
+
+    def asked(self, rows) -> Asked:
+        """These questions."""
+        questions = [[types.SimpleNamespace(**self.records[i])] for i in rows]
+        return Asked(take(self.videos, rows), questions, np.asarray(rows, np.int32), self.sizes)
 
 
 def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
@@ -134,11 +141,11 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     if (view, sizes) in run.compiled:
         return run.compiled[view, sizes]
     encode = views.make_encode(view, run.grid_hw, run.time_scale)
-    sample = step.make_sampler(run.cfg, encode, run.decoding(0.0))
+    sample = step.make_sampler(run.cfg, encode, run.decoding(0.0), **run.binding)
 
     @jax.jit
     def answer(params, retriever, bank, index, asked, prompt, ids_b):
-        query = embed.embed_questions(retriever, *asked) if view.select == "retrieve" else None
+        query = embedded(view, retriever, asked)
         visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed))
         return sample(params, prompt, visual, rollout.rollout_keys(run.config.seed, 0, ids_b, 1))
 
@@ -146,20 +153,23 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     return answer
 
 
-def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSet, label: str) -> list[dict]:
+def answer_all(
+    run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str
+) -> list[dict]:
     """Prediction rows (see `scoring`) of one arm, in the order of the questions."""
-    view, sizes = run.view(view_name), test.sizes
-    answer = make_answerer(run, view, sizes)
-    bank, rows = run.whole(test.bank[visual]), []
-    kept = view.kept(sizes.patches, sizes.event)
+    view, most = run.view(view_name), test.sizes.event
+    answer = make_answerer(run, view, test.sizes)
+    bank, rows = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None, []
     with metrics.Progress(label, len(test.records)) as bar:
         for chosen, real in _batches(test, run.config.eval.batch):
-            index = take(test.videos, chosen).index(sizes)
+            asked = test.asked(chosen)
+            index, sizes = asked.index(), asked.sizes
             records = [test.records[i] for i in chosen]
-            texts = [question_text(r["problem"], r["problem_type"], r["options"], STYLE) for r in records]
-            prompt = run.prompter.whole(texts, kept, index.mask_bt.sum(1), sizes)
-            inputs = run.split(index, queries(run, test, chosen), prompt, chosen.astype(np.int32))
-            done = answer(params, run.retriever, bank, *inputs)
+            texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
+            prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
+            inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
+            own, *inputs = run.split(asked.bank, *inputs)
+            done = answer(params, run.retriever, bank if own is None else own, *inputs)
             tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
             used = visual_tokens(run, view, index)[:real]
             for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
@@ -171,7 +181,8 @@ def answer_all(run: Run, params: dict, view_name: str, visual: str, test: TestSe
 
 def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
     """int [B]; visual tokens that the decoder reads of each video."""
-    p, t_b = run.prompter.tokens_per_patch, index.mask_bt.sum(1)
+    p = run.prompter.tokens_per_patch if index.shapes is None else index.shapes.tokens_b
+    t_b = index.mask_bt.sum(1)
     if view.select == "none":
         return np.zeros(len(t_b), int)
     if view.method == "keep" and view.select == "retrieve":
@@ -185,12 +196,13 @@ def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
 def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
     completion = run.tokenizer.decode(tokens.tolist())
     stopped = bool(len(tokens)) and int(tokens[-1]) in run.tokenizer.stop_ids
-    verdict = judging.judge(completion, record["solution"], record["problem_type"])
+    verdict = judging.judge(completion, record["solution"], record["problem_type"], rule=run.config.eval.rule)
+    soft = {"score": verdict["score"], "options": record["options"]} if settings.on_files(run.config) else {}
     fields = ("problem_id", "question_type", "problem_type", "solution")  # chance: from the distinct solutions
     return {
         **{name: record[name] for name in fields}, "video": record["path"], "completion": completion,
         "correct": bool(verdict["correct"]), "format_ok": bool(verdict["format_ok"]), "truncated": not stopped,
-        "visual_tokens": visual, "completion_tokens": len(tokens),
+        "visual_tokens": visual, "completion_tokens": len(tokens), **soft,
     }  # fmt: skip
 
 
@@ -237,11 +249,11 @@ def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:
     out = {}
     for arm in arms:
         stage = run.config.eval.arms[arm].stage
-        if stage not in run.config:
+        if stage and stage not in run.config:
             raise ConfigError(f"config.eval.arms.{arm}.stage names {stage!r}, which is no stage")
         if stage not in loaded:
             loaded[stage] = run.parameters(stage)
-        out[arm] = (loaded[stage], run.config[stage].visual)
+        out[arm] = (loaded[stage], run.config[stage].visual if stage else "features")
     return out
 
 

@@ -9,6 +9,7 @@
 Preprocessing as published: squashed to a square by PIL's antialiased bilinear filter, then (x / 255 - 0.5) / 0.5.
 """
 
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -136,13 +137,16 @@ def tower_sha256(params: dict) -> str:
     return store.tree_sha256(jax.device_get(tower))
 
 
-def patch_encoder(cfg, grid_hw: tuple[int, int]) -> Callable:
-    """Compiled (params, retriever, uint8 pixel patches [T, n, 1176]) -> tower features [T, n, V], embeddings [T, D]."""
+def patch_encoder(cfg, dtype=jnp.float32) -> Callable:
+    """Compiled (params, retriever, pixel patches uint8 [T, n, 1176], grid (h, w)) -> features [T, n, V], embeddings.
 
-    @jax.jit
-    def run(params, retriever, pixels_tnc):
-        features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), grid_hw)
-        return features, embed.embed_patches(retriever, features)
+    Embeddings are [T, D]; zeros [T, 1] where the retriever is None.
+    """
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def run(params, retriever, pixels_tnc, grid_hw):
+        features = qwen25_vl.bind(cfg, params, dtype=dtype).vision_features(normalise(pixels_tnc), grid_hw)
+        return features, embed.embed_patches(retriever, features) if retriever else jnp.zeros((len(features), 1))
 
     return run
 
@@ -161,12 +165,12 @@ class SmallEncoder:
         self._patches = lambda frames: patches.frames_to_pixel_patches(patches.resize_frames(frames, size, size))
         weights = f"{tower_sha256(params)} {store.tree_sha256(jax.device_get(retriever))}"
         self.fingerprint = f"{self.name} {size}px {patches.RESIZE} {weights}"
-        self._run = patch_encoder(cfg, (size // patches.PATCH, size // patches.PATCH))
+        self._run, self._grid = patch_encoder(cfg), (size // patches.PATCH, size // patches.PATCH)
         self._ask = jax.jit(embed.embed_questions)
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [T, D]; both frames of a temporal patch share theirs."""
-        run = lambda x: self._run(self.params, self.retriever, x)[1]  # noqa: E731
+        run = lambda x: self._run(self.params, self.retriever, x, self._grid)[1]  # noqa: E731
         return np.repeat(in_chunks(run, self._patches(frames)[0], self._chunk), 2, axis=0)[: len(frames)]
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import patches, video
@@ -43,6 +44,77 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
+class FrameBudget(patches.VideoBudget):
+    """qwen-vl-utils' sizes, never of more than `most` visual tokens (small frames of odd shapes would be)."""
+
+    most: int = 144
+
+    def size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        h, w = super().size(height, width, num_frames)
+        area = patches.FACTOR**2
+        if h * w > self.most * area:
+            h, w = patches.smart_resize(height, width, min_pixels=area, max_pixels=self.most * area)
+        return h, w
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """How Video-R1 takes frames from videos, and images: aspect ratio kept, sizes by the budgets of qwen-vl-utils.
+
+    Attributes:
+      fps, max_frames: of videos; at least four frames, an even number.
+      frame_tokens: budget of a frame in visual tokens; a little more where rounding goes up (128: Video-R1's training).
+      image_tokens: most visual tokens of an image.
+    """
+
+    fps: float
+    max_frames: int
+    frame_tokens: int
+    image_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Most visual tokens of a temporal patch; all are padded to as many."""
+        return max(self.frame_tokens * 9 // 8, self.image_tokens)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """A padded temporal patch as one row of merged tokens."""
+        return patches.MERGE, patches.MERGE * self.tokens
+
+    @property
+    def budget(self) -> FrameBudget:
+        limit = self.frame_tokens * patches.FACTOR**2
+        return FrameBudget(min(patches.VIDEO_MIN_PIXELS, limit), frame_limit=limit, most=self.tokens)
+
+    def read(self, path, read: Callable = video.read_frames) -> video.Clip:
+        """Raises VideoError naming the file and the reason."""
+        least = min(4, self.max_frames)
+        return read(path, fps=self.fps, max_frames=self.max_frames, min_frames=least, resize=self.budget)
+
+    def read_full(self, path, read: Callable = video.read_frames) -> video.Clip:
+        """The same frames in the file's own size."""
+        return read(path, fps=self.fps, max_frames=self.max_frames, min_frames=min(4, self.max_frames))
+
+    def shrink(self, clip: video.Clip) -> video.Clip:
+        """`read` from `read_full`."""
+        height, width = self.budget.size(*clip.frames.shape[1:3], len(clip.frames))
+        return dataclasses.replace(clip, frames=patches.resize_frames(clip.frames, height, width))
+
+    def image(self, path) -> tuple[video.Clip, np.ndarray]:
+        """A picture as a clip of one frame, and itself [1, H, W, 3] in its own size. Raises VideoError."""
+        picture = video.read_image(path)
+        limits = {"min_pixels": patches.IMAGE_MIN_PIXELS, "max_pixels": self.image_tokens * patches.FACTOR**2}
+        try:
+            size = patches.smart_resize(*picture.shape[:2], **limits)
+        except ValueError as error:
+            raise video.VideoError(path, str(error)) from None
+        info = video.VideoInfo(picture.shape[1], picture.shape[0], 1.0, 1, 0.0, "image")
+        frames = patches.resize_frames(picture[None], *size, like="pillow")
+        return video.Clip(frames, np.zeros(1), info, np.zeros(1, np.int64)), picture[None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Decoded:
     """A file after everything that needs no device.
 
@@ -65,28 +137,34 @@ class Indexer:
     CHUNK = 16
 
     def __init__(
-        self, cfg, params: dict, retriever: dict, sampling: Sampling, *, encoder: Encoder | None = None,
-        pool: str = "mean", shots: Shots | None = None,
+        self, cfg, params: dict, retriever: dict | None, sampling: Sampling | Published, *,
+        encoder: Encoder | None = None, pool: str = "mean", shots: Shots | None = None, dtype=jnp.float32,
+        place: Callable = lambda x: x,
     ):  # fmt: skip
         """Args:
+        retriever: None and no encoder: events are not embedded (zeros).
         encoder: embeds events in place of `retriever`, from frames of the file's own size.
         pool: how an event's frames become its embedding, see `encoders.pool_frames`.
         shots: divides files by TransNetV2; default `memory.events` on the sampled frames.
+        dtype: of the vision tower's activations.
+        place: puts a chunk of patches on the devices.
         """
         self.sampling, self.params, self.retriever = sampling, params, retriever
-        self.encoder, self.pool, self.shots = encoder, pool, shots
+        self.encoder, self.pool, self.shots, self.place = encoder, pool, shots, place
+        rounding = {} if dtype == jnp.float32 else {"dtype": jnp.dtype(dtype).name}
         self.fingerprint = store.fingerprint(
             tower=tower_sha256(params),
-            retriever=encoder.fingerprint if encoder else store.tree_sha256(jax.device_get(retriever)),
-            preprocessing={**dataclasses.asdict(sampling), "resize": patches.RESIZE},
+            retriever=encoder.fingerprint if encoder else store.tree_sha256(jax.device_get(retriever or {})),
+            preprocessing={**dataclasses.asdict(sampling), "resize": patches.RESIZE, **rounding},
             segmenter=shots.fingerprint if shots else events.FINGERPRINT,
             pool=pool,
         )
-        self._run = patch_encoder(cfg, sampling.grid_hw)
+        self._run = patch_encoder(cfg, dtype)
 
-    def features(self, pixels_tnc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, pixels_tnc: np.ndarray, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Tower features [T, n, V] and patch embeddings [T, D] of uint8 pixel patches, in chunks of one shape."""
-        return in_chunks(lambda x: self._run(self.params, self.retriever, x), pixels_tnc, self.CHUNK)
+        run = lambda x: self._run(self.params, self.retriever, self.place(x), grid_hw)  # noqa: E731
+        return in_chunks(run, pixels_tnc, self.CHUNK)
 
     def entry(
         self, clip: video.Clip, sha256: str, *, spans: list | None = None, full: np.ndarray | None = None
@@ -99,7 +177,8 @@ class Indexer:
           spans: its events in temporal patches, in time order; default those that `memory.events` finds.
           full: the clip's frames in the file's own size, for the encoder; default those of the clip.
         """
-        features, emb_td = self.features(patches.frames_to_pixel_patches(clip.frames)[0])
+        pixels, (_, *grid_hw) = patches.frames_to_pixel_patches(clip.frames)
+        features, emb_td = self.features(pixels, tuple(grid_hw))
         spans = events.segment(clip.frames, self.sampling.fps) if spans is None else spans
         rows = spans
         if self.encoder is not None:
@@ -116,7 +195,7 @@ class Indexer:
             event_seconds=np.array([[ends[a], ends[b]] for a, b in spans]),
             event_embeddings=emb,
             tokens=features,
-            grid=self.sampling.grid_hw,
+            grid=tuple(grid_hw),
         )
 
     def decode(self, path, sha256: str | None = None, read: Callable = video.read_frames) -> Decoded:
@@ -139,13 +218,19 @@ class Indexer:
             spans = events.segment(clip.frames, self.sampling.fps)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
 
+    def decode_image(self, path) -> Decoded:
+        """Reads a picture: one event of one temporal patch. Raises VideoError as `decode`."""
+        clip, full = self.sampling.image(path)
+        return Decoded(clip, store.file_sha256(path), [(0, 1)], full)
+
     def encode(self, decoded: Decoded) -> store.MemoryEntry:
-        """The memory of a decoded file; `extra` holds its length in seconds."""
+        """The memory of a decoded file; `extra` holds its length and the time between temporal patches, in seconds."""
         entry = self.entry(decoded.clip, decoded.sha256, spans=decoded.spans, full=decoded.full)
         length = float(decoded.clip.info.duration)
+        extra = {"duration": length, "second_per_grid": decoded.clip.seconds_per_patch}
         begin_e, end_e = entry.event_seconds.T  # the last ends one step after its last patch: not after the file
         end_e = np.where(begin_e < length, np.minimum(end_e, length), end_e)
-        return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra={"duration": length})
+        return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra=extra)
 
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""

@@ -66,7 +66,8 @@ class View:
 
     def patches(self, max_patches: int, max_event: int) -> int:
         """S, the static number of temporal patches that reach the vision tower."""
-        return {"all": max_patches, "retrieve": self.k * max_event, "random": 1, "none": 0}[self.select]
+        retrieved = min(self.k * max_event, max_patches)  # events share no patch
+        return {"all": max_patches, "retrieve": retrieved, "random": 1, "none": 0}[self.select]
 
     def kept(self, max_patches: int, max_event: int) -> int:
         """K, the static number of temporal patches' worth of tokens in the prompt (a blind one keeps one, masked)."""
@@ -75,6 +76,20 @@ class View:
         if self.method == "per_event":
             return self.k
         return {"merge": self.keep, "mean": 1, "pooled": 1}[self.method]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Where the videos of a batch differ in shape, their temporal patches being padded to one number of tokens.
+
+    Attributes:
+      tokens_b: int32 [B]; real visual tokens of a temporal patch, the first of those it is padded to.
+      rate_b: float32 [B]; position ids from one temporal patch to the next, second_per_grid * tokens_per_second.
+    """
+
+    tokens_b: jax.Array
+    rate_b: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +104,7 @@ class VideoIndex:
       start_be, len_be: int32 [B, E]; an event's first patch and its number of patches, without transitions.
       mask_be: bool [B, E].
       emb_bed: float32 [B, E, D]; L2-normalised event embeddings.
+      shapes: None where all videos have the same.
     """
 
     patch_bt: jax.Array
@@ -98,6 +114,7 @@ class VideoIndex:
     len_be: jax.Array
     mask_be: jax.Array
     emb_bed: jax.Array
+    shapes: Shapes | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -110,12 +127,14 @@ class Visual:
       mask_bs: bool [B, S].
       event_bs: int32 [B, S]; slot of the event a patch belongs to, 0..k-1 or 0..E-1, in time order.
       t_bs: float32 [B, S]; temporal index of the patch in its whole video.
+      shapes: of the VideoIndex.
     """
 
     patches_bsnc: jax.Array
     mask_bs: jax.Array
     event_bs: jax.Array
     t_bs: jax.Array
+    shapes: Shapes | None = None
 
 
 def retrieved(view: View, index: VideoIndex, query_bd: jax.Array):
@@ -123,15 +142,22 @@ def retrieved(view: View, index: VideoIndex, query_bd: jax.Array):
     return retrieve.topk_events(query_bd, index.emb_bed, index.mask_be, view.k, rule=view.rule)
 
 
-def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_event: int, key) -> Visual:
-    """Choose the patches of `view` and gather them from the bank [N, n, C]. Pure, static shapes."""
+def select(view: View, index: VideoIndex, query_bd, bank: jax.Array, max_event: int, key) -> Visual:
+    """Choose the patches of `view` and gather them. Pure, static shapes.
+
+    `bank`: all patches [N, n, C], or each video's own [B, T, n, C]; rows of the index count in it.
+    """
     b, t = index.patch_bt.shape
     if view.select == "all":
         slot_bs = jnp.broadcast_to(jnp.arange(t), (b, t))
         mask_bs, event_bs = index.mask_bt, index.event_bt
     elif view.select == "retrieve":
         ids_bk, valid_bk = retrieved(view, index, query_bd)
-        slot_bs, mask_bs, event_bs = retrieve.gather_patches(ids_bk, valid_bk, index.start_be, index.len_be, max_event)
+        found = retrieve.gather_patches(ids_bk, valid_bk, index.start_be, index.len_be, max_event)
+        if found[0].shape[1] > view.patches(t, max_event):
+            order_bs = jnp.argsort(~found[1], axis=1, stable=True)[:, : view.patches(t, max_event)]
+            found = [jnp.take_along_axis(x, order_bs, axis=1) for x in found]
+        slot_bs, mask_bs, event_bs = found
     elif view.select == "random":
         gumbel = jax.random.gumbel(key, (b, t))
         slot_bs = jnp.argmax(jnp.where(index.mask_bt, gumbel, -jnp.inf), axis=1)[:, None]
@@ -140,7 +166,8 @@ def select(view: View, index: VideoIndex, query_bd, bank_nnc: jax.Array, max_eve
         slot_bs = jnp.zeros((b, 0), jnp.int32)
         mask_bs, event_bs = jnp.zeros((b, 0), bool), jnp.zeros((b, 0), jnp.int32)
     rows_bs = jnp.take_along_axis(index.patch_bt, slot_bs, axis=1)
-    return Visual(bank_nnc[rows_bs], mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32))
+    patches = bank[rows_bs] if bank.ndim == 3 else jnp.take_along_axis(bank, rows_bs[:, :, None, None], axis=1)
+    return Visual(patches, mask_bs, event_bs.astype(jnp.int32), slot_bs.astype(jnp.float32), index.shapes)
 
 
 def normalise(pixels_snc):
@@ -190,8 +217,8 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
     """encode(model, visual, prompt) -> (vis_bnd [B, K*p, D], prompt with positions and mask of the kept tokens).
 
     A kept token stands at the mean temporal index of what it was merged from (models.md 1.5, positions of compressed
-    tokens): floor(t * time_scale), time_scale = second_per_grid * tokens_per_second. Prompts come with temporal
-    offset 0 on visual tokens, so only this function knows about time.
+    tokens): floor(t * time_scale), time_scale = second_per_grid * tokens_per_second, or the video's own rate. Prompts
+    come with temporal offset 0 on visual tokens, so only this function knows about time.
     """
 
     def encode(model, visual: Visual, prompt: PromptBatch):
@@ -199,12 +226,17 @@ def make_encode(view: View, grid_hw: tuple[int, int], time_scale: float):
             b, n = prompt.tokens_bp.shape[0], grid_hw[0] * grid_hw[1] // 4
             blind = jnp.zeros((b, n, model.cfg.text.hidden_size))
             return blind, dataclasses.replace(prompt, mask_bp=prompt.mask_bp & (prompt.vis_index_bp < 0))
-        kept = reduce(view, to_tokens(model, visual.patches_bsnc, grid_hw), visual)
+        tokens_bspd, shapes = to_tokens(model, visual.patches_bsnc, grid_hw), visual.shapes
+        if shapes is not None:
+            real_bp = jnp.arange(tokens_bspd.shape[2]) < shapes.tokens_b[:, None]
+            tokens_bspd = jnp.where(real_bp[:, None, :, None], tokens_bspd, 0)
+        kept = reduce(view, tokens_bspd, visual)
         b, k, p, d = kept.tokens_bkpd.shape
+        rate = time_scale if shapes is None else shapes.rate_b[:, None]
         t_bk = jnp.einsum("bks,bs->bk", kept.weights_bkt, visual.t_bs)
         is_vis_bp = prompt.vis_index_bp >= 0
         patch_bp = jnp.clip(prompt.vis_index_bp, 0) // p
-        offset_bp = jnp.take_along_axis(jnp.floor(t_bk * time_scale + 1e-4).astype(jnp.int32), patch_bp, axis=1)
+        offset_bp = jnp.take_along_axis(jnp.floor(t_bk * rate + 1e-4).astype(jnp.int32), patch_bp, axis=1)
         there_bp = jnp.take_along_axis(kept.mask_bk, patch_bp, axis=1)
         if view.tokens is not None:
             read_bn = budget.telling_tokens(kept.tokens_bkpd, kept.mask_bk, view.tokens).reshape(b, k * p)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marc_jax.memory import retrieve
@@ -141,7 +142,7 @@ def test_top_k_by_maxima_of_groups_is_top_k(seed, sizes):
     score = rng.integers(0, 6, (3, size)).astype(np.float32)  # ties everywhere
     score[rng.random((3, size)) < 0.3] = -np.inf
     score[2, : size - 2] = -np.inf  # fewer than k
-    best, ids = retrieve._top_k(jnp.asarray(score), k)
+    best, ids = retrieve._top_k(jnp.asarray(score).T, k)
     for q in range(3):
         assert np.asarray(ids[q])[np.asarray(best[q]) > -np.inf].tolist() == best_of(score[q], k)
 
@@ -163,6 +164,20 @@ def test_bfloat16_rows_are_ranked_by_their_exact_products():
     for asked in (query, query.astype(jnp.float32)):
         score, ids = retrieve.search(asked, emb, 4)
         assert score.dtype == jnp.float32 and ids.tolist() == [best_of(row, 4) for row in exact]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "default"])
+@pytest.mark.parametrize("dtype, width, num", [("float32", 50, 1), ("bfloat16", 40, 1), ("bfloat16", 64, 3)])
+def test_every_platform_s_way_is_exact(monkeypatch, platform, dtype, width, num):
+    """The ways of a GPU and of a TPU, compiled for this CPU; an odd number of rows and widths that no lane divides."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda **ways: ways[platform]())
+    rng = np.random.default_rng(9)
+    emb, query = (jnp.asarray(unit(rng, n, width), dtype) for n in (1003, num))
+    emb = emb.at[990:].set(emb[3])
+    exact = np.asarray(query, np.float64) @ np.asarray(emb, np.float64).T
+    score, ids = jax.jit(functools.partial(retrieve.search, k=6, block=200))(query, emb)
+    np.testing.assert_allclose(score, -np.sort(-exact, axis=1)[:, :6], atol=1e-6)
+    assert ids.tolist() == [best_of(row, 6) for row in exact]
 
 
 def test_the_approximate_search_has_the_same_contract():

@@ -130,3 +130,21 @@ def test_a_small_prefill_reports_memory_and_collectives(chips, capsys):
 def test_an_unknown_topology_is_one_line(chips, capsys):
     assert compile_for_tpu.main(["--model=tiny", "--topology=v9z:2x2"]) == 2
     assert "--topology=v9z:2x2" in capsys.readouterr().err
+
+
+def test_an_experiment_on_files_gives_updates_and_rollouts_at_its_largest_sizes(repo):
+    """Shapes alone, so no libtpu: 3B, 8 devices."""
+    from tools import tpu_cases
+
+    given = [f"--config.{name}.videos=8" for name in ("sft", "cgrpo", "distill")]
+    preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
+    _, programs, _ = tpu_cases.of_experiment(preset, given, "xla", jax.devices())
+    assert list(programs) == ["sft", "cgrpo", "cgrpo_rollout", "cgrpo_teacher", "distill", "distill_rollout"]
+    program = programs["sft"]()
+    now, _ = jax.eval_shape(program.run, *program.args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), now) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), program.args[0]
+    )
+    sample = programs["cgrpo_teacher"]()
+    assert sample.args[1].tokens_bp.shape == (8, 16 + 32 * 144 + 512)  # 64 frames, padded
+    assert jax.eval_shape(sample.run, *sample.args).tokens_bgr.shape == (8, 8, 768)

@@ -81,10 +81,11 @@ def expected(cosine: float, events: int, k: int) -> float:
 def run_draw(rng, folder: str):
     """(draw, seconds per event) from a finished run on the synthetic set."""
     from marc_jax import run as runs
+    from marc_jax import synthetic
     from marc_jax.memory import store
 
     here, _ = runs.opened(folder)
-    records = runs.read_records(runs.data_folder(here.config, here.workdir), "test")
+    records = synthetic.read_records(runs.data_folder(here.config, here.workdir), "test")
     memory = store.MemoryReader(here.workdir / "memory", None)
     kept, scenes, rows, asked = [], [], 0, []
     for record in records:

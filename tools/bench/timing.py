@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping
 
 
 def seconds_in_turn(
-    calls: Mapping[str, Callable], repeats: int, *, warmup: int = 1, wait: Callable | None = None
+    calls: Mapping[str, Callable],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    wait: Callable | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Name -> seconds of `repeats` calls, host dispatch included; in turn, so a busy machine slows all of them alike.
 
     Args:
       warmup: calls of each before, not timed.
       wait: called with what a call returns, until its device is done; default jax.block_until_ready.
+      clock: in seconds; time.process_time counts CPU seconds, which programs beside this one disturb less.
     """
     if wait is None:
         import jax  # here: some benchmarks choose their CPU cores before jax is loaded
@@ -21,10 +27,10 @@ def seconds_in_turn(
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warmup + repeats):
         for name, call in calls.items():
-            begun = time.perf_counter()
+            begun = clock()
             wait(call())
             if turn >= warmup:
-                spent[name].append(time.perf_counter() - begun)
+                spent[name].append(clock() - begun)
     return spent
 
 

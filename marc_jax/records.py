@@ -1,0 +1,297 @@
+"""Training and evaluation on files of one's own: Video-R1 records over a memory on disk.
+
+Every video and image is decoded and goes through the frozen vision tower once (`memory.indexer`); what a step reads of
+them are the stored features, so another epoch, stage or evaluation decodes nothing:
+
+    question file --rows--> media --decode, events, tower--> memory on disk --batch of a step--> bank [B, T, n, V]
+
+A temporal patch is padded to one number of tokens, a batch to a bucket of temporal patches; masks leave the rest out.
+What a step sees is a function of (seed, stage, step) alone: its position in the data is one integer.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines import loader, sources
+from marc_jax import files, metrics
+from marc_jax.batches import Asked, Shape, Videos
+from marc_jax.checkpoint import CheckpointError
+from marc_jax.config import ConfigError
+from marc_jax.memory import encoders, indexer, store
+from marc_jax.memory.shots import Shots
+from marc_jax.run import Run, chosen_encoder
+
+FLUSH = 256  # files after which the memory's shard is completed
+READERS = 4  # threads that read a batch's features
+
+
+class Records:
+    """Questions over a memory, with the interface that stages and the evaluation draw from.
+
+    Attributes:
+      records: dicts, one per question that can be asked.
+      unreadable: dicts of those that cannot.
+      sizes: the largest that a batch is padded to.
+    """
+
+    def __init__(
+        self, run: Run, records: Sequence[sources.Record], memory: store.MemoryReader, query_nd, style: str,
+        unreadable: Sequence[dict] = (),
+    ):  # fmt: skip
+        """`query_nd`: embeddings of the records' questions, or None."""
+        self._records, self._memory, self._query_nd, self._style = records, memory, query_nd, style
+        self.sizes, self._prompter, self._seed = run.sizes, run.prompter, run.config.seed
+        self._most_k, data = max(view.k for view in run.views.values()), run.config.data
+        self._buckets, self._second_per_grid = sorted(data.buckets), data.second_per_grid
+        self._tokens_per_second, self._patches = run.cfg.tokens_per_second, run.grid_hw[0] * run.grid_hw[1]
+        self._readers = ThreadPoolExecutor(READERS)
+        self.records, self.unreadable = [row_of(record) for record in records], tuple(unreadable)
+
+    def draw(self, stage: str, step: int, videos: int, per_video: int, events, types) -> Asked:
+        """The questions of one step, of one video or image each; the same for the same (seed, stage, step).
+
+        Every question is met once per epoch; a batch may hold the end of one and the beginning of the next.
+        """
+        del per_video, events, types  # of the synthetic set
+        seed, rows = zlib.crc32(f"{self._seed}/{stage}".encode()), []
+        for position in range(step * videos, (step + 1) * videos):
+            epoch, at = divmod(position, len(self._records))
+            rows.append(int(loader.epoch_order(len(self._records), seed, epoch)[at]))
+        return self.asked(rows)
+
+    def asked(self, rows: Sequence[int]) -> Asked:
+        """These questions, padded to the smallest sizes that hold them."""
+        records = [self._records[i] for i in rows]
+        entries = list(self._readers.map(lambda record: self._memory[record.path], records))
+        shapes = tuple(self._shape(*pair) for pair in zip(records, entries, strict=True))
+        texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r in records]
+        words = [self._prompter.words(*pair)[1] for pair in zip(texts, shapes, strict=True)]
+        said = [self._prompter.spoken(record.target) for record in records]
+        most = bucket(max(len(entry.tokens) for entry in entries), self._buckets)
+        sizes = dataclasses.replace(
+            self.sizes, patches=most, events=max(most, self._most_k), event=most,
+            question=halved(max(words), self.sizes.question), answer=halved(max(said), self.sizes.answer),
+        )  # fmt: skip
+        first = entries[0].tokens
+        bank = np.zeros((len(rows), most, self._patches, first.shape[-1]), first.dtype)
+        for row, entry in zip(bank, entries, strict=True):
+            row[: len(entry.tokens), : entry.tokens.shape[1]] = entry.tokens
+        query_bd = None if self._query_nd is None else self._query_nd[list(rows)]
+        ids_b = np.array([record.row for record in records])
+        return Asked(
+            spans(entries, sizes.events, query_bd), [[record] for record in records], ids_b, sizes, self._style, shapes,
+            bank, query_bd,
+        )  # fmt: skip
+
+    def _shape(self, record: sources.Record, entry: store.MemoryEntry) -> Shape:
+        merged = (entry.grid[0] // 2, entry.grid[1] // 2)
+        if record.data_type == "image":
+            return Shape("image", merged, 0.0)
+        seconds = self._second_per_grid or entry.extra["second_per_grid"]
+        return Shape("video", merged, seconds * self._tokens_per_second)
+
+    def files(self, asked: Asked) -> list[list[str]]:
+        """The file of each question."""
+        return [[record.path for record in row] for row in asked.questions_bg]
+
+
+def bucket(count: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `count`."""
+    return next(size for size in buckets if size >= count)
+
+
+def halved(count: int, most: int) -> int:
+    """`most`, or half of it where that is enough: two compiled lengths, not one of every length."""
+    return most if count > most // 2 else most // 2
+
+
+def spans(entries: Sequence[store.MemoryEntry], events: int, query_bd) -> Videos:
+    """The events of B videos, each in a bank of its own."""
+    b, start, length = len(entries), np.zeros((len(entries), events), int), np.zeros((len(entries), events), int)
+    width = entries[0].event_embeddings.shape[-1]
+    emb = np.zeros((b, events, width), np.float32)
+    for i, entry in enumerate(entries):
+        n = len(entry.event_spans)
+        start[i, :n], length[i, :n] = entry.event_spans[:, 0], np.diff(entry.event_spans, axis=1)[:, 0]
+        query_d = np.zeros(width) if query_bd is None else query_bd[i]
+        emb[i, :n] = encoders.nearest_frames(entry.event_embeddings, query_d)
+    return Videos(start, start, length, length > 0, emb)
+
+
+def row_of(record: sources.Record) -> dict:
+    """A record as the evaluation's tables know it; questions are told apart by their row in the file."""
+    kind = str(record.extra.get("original_question_type") or record.problem_type)
+    fields = ("problem", "problem_type", "solution", "path")
+    return {"problem_id": record.row, "question_type": kind, "options": list(record.options)} | {
+        name: getattr(record, name) for name in fields
+    }
+
+
+# ------------------------------------------------------------------------------------------------ files -> memory
+
+
+def load_training(run: Run) -> None:
+    """Opens the question files of the stages to come, their media in the memory."""
+    config = run.config
+    for name in config.stages:
+        wanted = not any(config.only) or name in config.only
+        if wanted and config[name].file not in run.sources:
+            run.sources[config[name].file] = open_records(run, config[name].file or config.data.train, "train")
+
+
+def open_records(run: Run, file: str, style: str) -> Records:
+    """Reads a question file and brings what the memory lacks of its media into it.
+
+    Args:
+      file: Video-R1's JSON; paths in it are relative to config.data.root.
+      style: of `question_text`, "train" or "eval".
+
+    Raises:
+      ConfigError: rows that cannot be used (bad fields, files that are absent, broken or outside of the root, texts
+        that are too long), with their number and the first; all are in `<workdir>/<name of the file>.bad.jsonl`.
+        With config.data.skip_bad they are left out instead, unless nothing is left.
+      StaleMemory: the memory was made with other weights or settings.
+    """
+    errors: list[sources.RecordError] = []
+    try:
+        records = sources.load_records(file, errors=errors)
+    except sources.RecordError as e:
+        raise ConfigError(str(e)) from None
+    if style == "train":
+        records, errors = _sampled(run, records, errors)
+    bad = {e.row: {"row": e.row, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors}
+    total = len(records) + len(errors)
+    bad |= {r.row: problem for r in records if (problem := _too_long(run, r, style))}
+    encoder, pool = chosen_encoder(run)
+    worker = _worker(run, encoder, pool)
+    run.tower = dict(worker.fingerprint.parts)["tower"]
+    memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
+    bad |= {r.row: broken[r.path] | {"row": r.row} for r in records if r.path in broken}
+    good = [record for record in records if record.row not in bad]
+    _exclude(run, file, sorted(bad.values(), key=lambda line: line["row"]), total)
+    query_nd = None if encoder is None else _embedded(memory, worker, encoder, [record.problem for record in good])
+    left_out = [row_of(record) for record in records if record.row in bad]
+    blank = {"question_type": "bad row", "problem_type": "", "solution": "", "path": ""}
+    left_out += [{"problem_id": e.row, **blank} for e in errors]
+    return Records(run, good, memory, query_nd, style, left_out)
+
+
+def _sampled(run: Run, records, errors):
+    """config.data.sample of all rows, the same for the same seed."""
+    rows, count = sorted(row.row for row in [*records, *errors]), run.config.data.sample
+    if not 0 < count < len(rows):
+        return records, errors
+    kept = set(np.random.default_rng(run.config.seed).choice(rows, count, replace=False).tolist())
+    return [r for r in records if r.row in kept], [e for e in errors if e.row in kept]
+
+
+def _too_long(run: Run, record: sources.Record, style: str) -> dict | None:
+    text = sources.question_text(record.problem, record.problem_type, record.options, style)
+    counts = {"question": run.prompter.words(text, Shape("video", (1, 1), 0.0))[1]}
+    counts["answer"] = run.prompter.spoken(record.target)
+    for name, count in counts.items():
+        most = getattr(run.sizes, name)
+        if count > most:
+            reason = f"{name} of {count} tokens, config.data.{name}_tokens = {most}"
+            return {"row": record.row, "path": record.path, "reason": reason}
+    return None
+
+
+def _worker(run: Run, encoder, pool: str) -> indexer.Indexer:
+    shots = None
+    if run.config.data.shots:
+        try:
+            shots = Shots.load(run.config.data.shots)
+        except CheckpointError as e:
+            raise ConfigError(f"config.data.shots: {e}") from None
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    split = indexer.Indexer.CHUNK % ways == 0
+    place = run.split if split else run.whole
+    return indexer.Indexer(
+        run.cfg, run.parameters(""), None, run.sampling, encoder=encoder, pool=pool, shots=shots, place=place,
+        dtype=jnp.dtype(run.config.model.dtype),
+    )  # fmt: skip
+
+
+def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, dict]]:
+    """The memory of the records' media, and {path: {path, reason}} of those that cannot be read.
+
+    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
+    """
+    root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
+    media = list({record.path: record for record in records}.values())
+    decode, broken = functools.partial(_decode, worker, root), {}
+    with (
+        store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
+        metrics.Progress("memory", len(media)) as bar,
+    ):
+        memory = store.MemoryReader(folder, worker.fingerprint)
+        todo = [record for record in media if not _current(memory, root, record.path)]
+        for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
+            if bad is not None:
+                broken[record.path] = bad | {"path": record.path}
+            else:
+                entry, stamp = worker.encode(decoded), _stamp(root, record.path)
+                writer.add(record.path, dataclasses.replace(entry, extra=entry.extra | stamp))
+            if done % FLUSH == 0:
+                writer.flush()
+            bar.update(len(media) - len(todo) + done, failed=len(broken))
+    memory.refresh()
+    return memory, broken
+
+
+def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+    path = sources.media_path(root, record.path)
+    return worker.decode_image(path) if record.data_type == "image" else worker.decode(path)
+
+
+def _stamp(root: str, path: str) -> dict:
+    stat = os.stat(sources.confined_path(root, path))
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _current(memory: store.MemoryReader, root: str, path: str) -> bool:
+    """Whether the memory holds this file as it is now; a file that cannot be looked at is for `_decode` to report."""
+    try:
+        stamp = _stamp(root, path)
+    except (OSError, ValueError):
+        return False
+    return path in memory and stamp.items() <= memory.head(path).extra.items()
+
+
+def _exclude(run: Run, file: str, bad: list[dict], total: int) -> None:
+    """Lists rows that cannot be used; goes on without them only where the user said so."""
+    if not bad:
+        return
+    path = run.workdir / f"{Path(file).stem}.bad.jsonl"
+    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
+    first = f"row {bad[0]['row']}: {bad[0]['path']}: {bad[0]['reason']}".replace(": : ", ": ")
+    line = f"{file}: {len(bad)} of {total} rows cannot be used (all in {path}); first: {first}"
+    if not run.config.data.skip_bad:
+        raise ConfigError(f"{line}; --config.data.skip_bad=True trains without them")
+    if len(bad) == total:
+        raise ConfigError(line)
+    print(f"warning: {line}; going on with {total - len(bad)} of {total}", file=sys.stderr)
+
+
+def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, problems: list[str]) -> np.ndarray:
+    """Embeddings [N, D] of the questions, kept beside the memory."""
+    told = json.dumps([encoder.fingerprint, problems]).encode()
+    path = memory.path / f"questions-{hashlib.sha256(told).hexdigest()[:16]}.npy"
+    if not path.exists():
+        content = io.BytesIO()
+        np.save(content, encoder.embed_texts(problems))
+        files.write_whole(path, content.getvalue())
+    return np.load(path, allow_pickle=False)

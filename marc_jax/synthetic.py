@@ -1,0 +1,84 @@
+"""The synthetic set of a run: its records, and the training videos decoded into the bank that stages draw from."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines import loader, sources
+from data_pipelines.patches import frames_to_pixel_patches
+from data_pipelines.synthetic import recompose
+from marc_jax import files, metrics
+from marc_jax.batches import Recomposer
+from marc_jax.config import ConfigError
+from marc_jax.run import Run, data_folder
+
+_OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set
+
+
+def read_records(folder: Path, split: str) -> list[dict]:
+    """The rows of `<folder>/<split>.json`; every medium lies inside `folder` (whether it can be read shows later).
+
+    Raises ConfigError: the first bad row with file, row and field, and how many more there are.
+    """
+    file, errors, rows = folder / f"{split}.json", [], []
+    try:
+        records = sources.load_records(file, errors=errors)
+    except sources.RecordError as e:
+        raise ConfigError(str(e)) from None
+    for record in records:
+        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row")}
+        rows.append({**record.extra, **fields, "options": list(record.options)})
+        for name, kind in _OWN_FIELDS.items():
+            if not isinstance(record.extra.get(name), kind):
+                reason = "is missing" if name not in record.extra else f"is not a {kind.__name__}"
+                errors.append(sources.RecordError(file, record.row, name, reason))
+        try:
+            sources.confined_path(folder, record.path)
+        except ValueError as e:
+            errors.append(sources.RecordError(file, record.row, "path", str(e)))
+    if errors:
+        errors.sort(key=lambda e: e.row)
+        raise ConfigError(f"{errors[0]}{f' (and {len(errors) - 1} more such errors)' if len(errors) > 1 else ''}")
+    return rows
+
+
+def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
+    """Files that cannot be read are left out, named in `<workdir>/unreadable.jsonl`, and never replaced by others.
+
+    Raises ConfigError beyond one in a hundred: then something else is wrong.
+    """
+    if not errors:
+        return
+    path = run.workdir / "unreadable.jsonl"
+    files.write_whole(path, "".join(json.dumps(error) + "\n" for error in errors))
+    line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
+    if len(errors) > 0.01 * total:
+        raise ConfigError(line)
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> dict[str, np.ndarray]:
+    """{name: uint8 patches [t, n, 1176]} of the files that can be read, through the ordinary video reader."""
+    with metrics.Progress(label, len(names)) as bar:
+        clips, errors = loader.decode_many(
+            [folder / name for name in names], run.sampling.read, workers=run.config.data.workers,
+            progress=lambda done, _: bar.update(done),
+        )  # fmt: skip
+    report_unreadable(run, errors, len(names))
+    read = zip(names, clips, strict=True)
+    return {name: frames_to_pixel_patches(clip.frames)[0] for name, clip in read if clip is not None}
+
+
+def load_training(run: Run) -> None:
+    """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
+    folder = data_folder(run.config, run.workdir)
+    records = read_records(folder, "train")
+    pixels = decode_pixels(run, folder, list(dict.fromkeys(record["path"] for record in records)), "decode")
+    pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
+    first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
+    row_e = np.array([first[path] + start for path, start, _ in places])
+    run.pixels = run.whole(np.concatenate(list(pixels.values())))
+    rows = {path: int(start) for path, start in first.items()}
+    run.sources[""] = Recomposer(pool, row_e, run.sizes, run.config.seed, rows)

@@ -1,0 +1,294 @@
+"""Video-R1 records on real files, a published checkpoint (tiny, random) and a tiny PE-Core: every stage, then eval."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from test_end_to_end import tiny_encoder
+
+from data_pipelines import patches, sources
+from marc_jax import batches, messages, pretrained, records, run, settings
+from marc_jax.config import ConfigError
+from marc_jax.memory import indexer
+from marc_jax.memory import view as views
+from marc_jax.models import qwen25_vl
+from marc_jax.rl import rollout
+from marc_jax.tokenizer import QWEN25_ADDED
+from tools import export_weights
+
+PRESET = '''
+import runpy
+
+
+def get_config():
+    c = runpy.run_path({preset!r})["get_config"]("")
+    c.model = {{}}
+    c.max_new_tokens = 6
+    c.log_every, c.save_every = 1, 2
+    c.data = {{"fps": 1.0, "max_frames": 8, "frame_tokens": 8, "buckets": (4,), "workers": 0}}
+    c.data.update(question_tokens=256, answer_tokens=64, root={root!r}, train={train!r})
+    c.init_from, c.encoder = {model!r}, {{"path": {encoder!r}}}
+    for name, steps in (("sft", 3), ("cgrpo", 2), ("distill", 2)):
+        c[name].update(videos=2, steps=steps)
+        c[name].optimizer.update(learning_rate=1e-3)
+    c.cgrpo.group = c.cgrpo.teacher_group = c.distill.group = 2
+    c.eval.arms = {{key: c.eval.arms[key] for key in ("teacher", "cgrpo")}}
+    c.eval.batch = 2
+    return c
+'''
+
+
+def rows():
+    """Questions of every type about two videos and a picture."""
+    kinds = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+    made = []
+    for i, kind in enumerate(kinds):
+        path, data_type = ("./photo.png", "image") if kind == "OCR" else (f"./{('bikes', 'dog')[i % 2]}.mp4", "video")
+        options = ["A. two", "B. three"] if kind == "multiple choice" else []
+        made.append({
+            "problem_id": i, "problem": f"What is there, number {i}?", "data_type": data_type, "problem_type": kind,
+            "options": options, "process": "<think>I look.</think>", "path": path, "data_source": "test",
+            "solution": f"<answer>{'A' if options else i}</answer>",
+        })  # fmt: skip
+    return made
+
+
+def tiny_model(folder: pathlib.Path) -> None:
+    """A random model in the published form, with a byte-level tokenizer that has merges of the prompt's words."""
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator([sources.TRAIN_TEMPLATE, *sources.TYPE_SUFFIX.values()] * 3, trainer)
+    tok.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in QWEN25_ADDED[:14]])
+    ids = {
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "pad_token_id": "<|endoftext|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    }  # fmt: skip
+    ids = {field: tok.token_to_id(name) for field, name in ids.items()}
+    stops = (tok.token_to_id("<|im_end|>"), tok.token_to_id("<|endoftext|>"))
+    cfg = qwen25_vl.tiny(
+        vocab_size=tok.get_vocab_size() + 3, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1,
+        vision_hidden_size=16, eos_token_ids=stops, **ids,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    draw = lambda w: (0.1 * rng.standard_normal(w.shape) + ("norm" in str(w.axes))).astype(np.float32)  # noqa: E731
+    export_weights.export(cfg, jax.tree.map(draw, qwen25_vl.describe(cfg)), folder, "float32")
+    tok.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, repo, test_data):
+    import cv2
+
+    folder = tmp_path_factory.mktemp("files")
+    media = folder / "media"
+    media.mkdir()
+    for name in ("bikes.mp4", "dog.mp4"):
+        shutil.copyfile(test_data / "videos" / name, media / name)
+    cv2.imwrite(str(media / "photo.png"), np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8))
+    (folder / "train.json").write_text(json.dumps(rows()))
+    tiny_model(folder / "model")
+    tiny_encoder(folder / "pe")
+    preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
+    paths = {"root": media, "train": folder / "train.json", "model": folder / "model", "encoder": folder / "pe"}
+    (folder / "tiny.py").write_text(PRESET.format(preset=preset, **{k: str(v) for k, v in paths.items()}))
+    return folder
+
+
+def start(repo, folder: pathlib.Path, entry: str, *arguments: str):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    command = [sys.executable, "-m", f"marc_jax.{entry}", f"--config={folder / 'tiny.py'}", *arguments]
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(place, repo):
+    done = start(repo, place, "train", f"--workdir={place / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return place / "run"
+
+
+def test_every_stage_learns_from_files(trained):
+    for stage, steps in (("sft", 3), ("cgrpo", 2), ("distill", 2)):
+        logged = lines(trained / stage / "metrics.jsonl")
+        assert [row["step"] for row in logged] == list(range(1, steps + 1))
+        assert all(np.isfinite(row["loss"]) for row in logged), stage
+    asked = lines(trained / "teacher.jsonl")
+    assert len(asked) == len({row["sample"] for row in asked}) == 4  # the teacher answers each question once
+
+
+def test_a_resumed_stage_gives_the_same_losses(trained, place, repo):
+    before = lines(trained / "sft" / "metrics.jsonl")
+    shutil.rmtree(trained / "sft" / "checkpoints" / "step_00000003")
+    again = start(repo, place, "train", f"--workdir={trained}", "--config.only=('sft',)")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert lines(trained / "sft" / "metrics.jsonl") == before
+
+
+def test_eval_and_export(trained, place, repo):
+    asked = (f"--checkpoint={trained}", f"--config.data.test={place / 'train.json'}", f"--out={place / 'eval'}")
+    done = start(repo, place, "eval", *asked)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((place / "eval" / "results.json").read_text())
+    assert results["split"].startswith("5 of 5 questions of ")
+    tokens = {arm["key"]: arm["visual_tokens"] for arm in results["arms"]}
+    assert tokens["teacher"] > tokens["cgrpo"] > 0 and all(arm["n"] == 5 for arm in results["arms"])
+    checkpoint, out = f"--checkpoint={trained / 'cgrpo' / 'checkpoints'}", place / "exported"
+    assert export_weights.main([checkpoint, f"--out={out}", "--dtype=float32"]) == 0
+    assert pretrained.config(out) == pretrained.config(place / "model")
+    pretrained.check(out, pretrained.config(place / "model"))
+
+
+def opened(trained, place, rows=None, **data):
+    """(run, its records) in this process, over the memory that training made."""
+    file = place / "these.json"
+    file.write_text(json.dumps(rows if rows is not None else json.loads((place / "train.json").read_text())))
+    changes = {"train": file, "memory": trained / "memory", **data}
+    given = [f"--config.data.{key}={value}" for key, value in changes.items()]
+    workdir = place / "here"
+    workdir.mkdir(exist_ok=True)
+    here = run.prepare(settings.experiment(str(place / "tiny.py"), given), workdir)
+    return here, records.open_records(here, str(file), "train")
+
+
+def test_a_batch_reads_what_the_published_processor_would(trained, place):
+    """Tokens, positions and visual tokens of the teacher's prompt, from memory and padded, equal those of messages."""
+    here, source = opened(trained, place, tokens="float32")
+    params = pretrained.load(place / "model", here.cfg, qwen25_vl.abstract(here.cfg))
+    model, view = qwen25_vl.bind(here.cfg, params), here.view("full")
+    asked = source.asked([0, 1, 2])
+    index, texts = asked.index(), [text for row in asked.texts_bg for text in row]
+    kept = view.kept(asked.sizes.patches, here.sizes.event)
+    prompt = here.prompter.whole(texts, kept, index.mask_bt.sum(1), asked.sizes, asked.shapes)
+    visual = views.select(view, index, None, asked.bank, here.sizes.event, None)
+    vis_bnd, prompt = views.make_encode(view, here.grid_hw, 1.0)(model, visual, jax.tree.map(jax.numpy.asarray, prompt))
+    prompt = rollout.closed_up(prompt)
+    for b, (record, text) in enumerate(zip(source.records[:3], texts, strict=True)):
+        path, image = str(place / "media" / record["path"]), record["path"].endswith("png")
+        part = {"image": path, "max_pixels": 8 * 28 * 28} if image else {"video": path, "fps": 1.0, "max_frames": 8}
+        budget = patches.VideoBudget(8 * 28 * 28, frame_limit=8 * 28 * 28)
+        turn = [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
+        want = messages.process(here.tokenizer, turn, budget=budget)
+        n = len(want.prompt.tokens)
+        assert prompt.mask_bp[b].sum() == n and prompt.tokens_bp[b, :n].tolist() == want.prompt.tokens.tolist()
+        np.testing.assert_array_equal(prompt.pos_3bp[:, b, :n], want.prompt.pos)
+        assert prompt.next_pos_b[b] == want.prompt.next_pos
+        rows = np.asarray(prompt.vis_index_bp[b, :n])
+        got = np.asarray(vis_bnd[b])[rows[rows >= 0]]
+        encode = lambda pixels, hw: model.vision(jax.numpy.asarray(pixels), hw)  # noqa: E731
+        close = np.abs(got - messages.encode_visuals(encode, [want])[0])
+        assert close.max() < 0.05 and close.mean() < 0.005  # stored in bfloat16
+
+
+def test_padding_of_patches_and_videos_changes_nothing(trained, place):
+    """Merged from three retrieved events, padded and not: the same tokens at the same places."""
+    here, source = opened(trained, place)
+    model = qwen25_vl.bind(here.cfg, pretrained.load(place / "model", here.cfg, qwen25_vl.abstract(here.cfg)))
+    asked, view = source.asked([1]), here.view("marc")
+    index, shape = asked.index(), asked.shapes[0]
+    own, patches_t = int(np.prod(shape.hw)), int(index.mask_bt.sum())
+    assert own < here.prompter.tokens_per_patch and patches_t < asked.sizes.patches
+
+    def look(bank, index, prompter, shapes):
+        prompt = jax.tree.map(jax.numpy.asarray, prompter.whole(*asked.texts_bg, 1, [patches_t], asked.sizes, shapes))
+        visual = views.select(view, index, asked.query_bd, bank, here.sizes.event, None)
+        vis_bnd, prompt = views.make_encode(view, here.grid_hw, shape.rate)(model, visual, prompt)
+        return np.asarray(vis_bnd)[0, :own], rollout.closed_up(prompt)
+
+    padded, there = look(asked.bank, index, here.prompter, asked.shapes)
+    cut = {"patch_bt": index.patch_bt[:, :patches_t], "mask_bt": index.mask_bt[:, :patches_t]}
+    cut = dataclasses.replace(index, **cut, event_bt=index.event_bt[:, :patches_t], shapes=None)
+    alone = batches.Prompter(here.tokenizer, shape.hw, shape.rate, here.prompter.system)
+    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None)
+    np.testing.assert_allclose(padded, exact, atol=1e-5)
+    n = int(here_too.mask_bp.sum())
+    assert there.mask_bp.sum() == n and (there.pos_3bp[:, :, :n] == here_too.pos_3bp[:, :, :n]).all()
+
+
+def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once(trained, place):
+    _, source = opened(trained, place)
+    draws = [source.draw("sft", step, 2, 1, None, None) for step in range(5)]
+    again = source.draw("sft", 3, 2, 1, None, None)
+    assert again.ids_b.tolist() == draws[3].ids_b.tolist() and (again.bank == draws[3].bank).all()
+    seen = [i for asked in draws for i in asked.ids_b.tolist()]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5)) and seen[:5] != seen[5:]
+    assert [asked.image_b.sum() for asked in draws] == [(asked.ids_b == 2).sum() for asked in draws]
+
+
+def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(trained, place):
+    (place / "media" / "broken.mp4").write_bytes(b"no video")
+    good = rows()
+    changes = (
+        {"path": "./absent.mp4"}, {"path": "../secret.mp4"}, {"path": "./broken.mp4"}, {"solution": 3},
+        {"problem": "why " * 300},
+    )  # fmt: skip
+    bad = [good[1] | change for change in changes]
+    with pytest.raises(ConfigError, match="5 of 10 rows cannot be used .* row 5: ./absent.mp4: .*does not exist") as e:
+        opened(trained, place, good + bad)
+    assert "--config.data.skip_bad=True" in str(e.value) and "\n" not in str(e.value)
+    listed = lines(place / "here" / "these.bad.jsonl")
+    assert [line["row"] for line in listed] == [5, 6, 7, 8, 9]
+    assert "leads out of the data root" in listed[1]["reason"] and "solution: is 3, not a text" in listed[3]["reason"]
+    assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
+    _, source = opened(trained, place, good + bad, skip_bad=True)
+    assert len(source.records) == 5 and len(source.unreadable) == 5
+    _, some = opened(trained, place, good * 4, sample=7)
+    _, same = opened(trained, place, good * 4, sample=7)
+    assert [r["problem_id"] for r in some.records] == [r["problem_id"] for r in same.records]
+    assert len(some.records) == 7 == len({r["problem_id"] for r in some.records})
+    with pytest.raises(ConfigError, match="5 of 5 rows cannot be used"):
+        opened(trained, place, bad, skip_bad=True)
+
+
+def test_a_file_that_changed_is_read_anew(trained, place):
+    path = place / "media" / "dog.mp4"
+    shutil.copyfile(place / "media" / "bikes.mp4", place / "media" / "other.mp4")
+    one = [rows()[0] | {"path": "./other.mp4"}]
+    _, before = opened(trained, place, one)
+    shutil.copyfile(path, place / "media" / "other.mp4")
+    _, after = opened(trained, place, one)
+    assert before.asked([0]).shapes != after.asked([0]).shapes
+
+
+def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
+    given = [f"--config.{key}=" for key in ("init_from", "data.train", "encoder.path")] + ["--config.model.size=3b"]
+    config = settings.experiment(str(place / "tiny.py"), given)
+    with pytest.raises(ConfigError, match="needs config.init_from, .*; config.data.train, .*; config.encoder.path, "):
+        run.prepare(config, place)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.buckets=(1, 3)", "data.buckets = .* must end with data.max_frames / 2 = 4"),
+        ("sft.visual=pixels", "sft: training on files takes visual = 'features'"),
+        ("views.whole.method=pooled", "views.whole: 'pooled' and 'tokens' need videos of one size"),
+        ("cgrpo.micro_batches=3", "cgrpo.micro_batches = 3 must divide cgrpo.videos = 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(place, change, words):
+    with pytest.raises(ConfigError, match=words):
+        settings.experiment(str(place / "tiny.py"), [f"--config.{change}"])
+
+
+@pytest.mark.parametrize("height,width,want", [(270, 480, 120), (480, 640, 130), (240, 320, 140), (320, 320, 144)])
+def test_frames_have_video_r1s_sizes_and_never_more_than_their_padding(height, width, want):
+    sampling = indexer.Published(2.0, 64, 128, 128)
+    h, w = sampling.budget.size(height, width, 64)
+    assert h * w // 28**2 == want <= sampling.tokens == 144
+    assert np.prod(sampling.budget.size(20, 2000, 64)) <= 144 * 28**2
