@@ -1,4 +1,5 @@
-"""Question files in Video-R1's JSON schema, the text a model is asked, and where media files may lie.
+"""Question files in Video-R1's JSON schema, files of (clip, text) pairs, the text a model is asked, and where media
+files may lie.
 
 A file is a JSON list or JSON lines of objects; every mistake is reported with its file, row and field. Media paths
 come from strangers: they are resolved under one data root and may lead nowhere else.
@@ -7,7 +8,7 @@ come from strangers: they are resolved under one data root and may lead nowhere 
 import dataclasses
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from data_pipelines.rows import RecordError, read_rows
 
@@ -124,6 +125,48 @@ def parse_record(raw, file, row: int, line: int | None = None) -> Record:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A clip and a text that says what it shows, one object of a file of pairs:
+
+        {"path": "videos/a.mp4", "text": "a red car turns left", "start": 3.0, "end": 7.5}
+
+    `path` is relative to the data root; `start` and `end` are seconds of the video, its beginning and its end where
+    they are left out; `row` is the place in the file. Other fields are ignored.
+    """
+
+    path: str
+    text: str
+    start: float | None = None
+    end: float | None = None
+    row: int = -1
+
+
+def parse_pair(raw, file, row: int, line: int | None = None) -> Pair:
+    """Checks one decoded JSON object; RecordError names the first wrong field."""
+
+    def wrong(field, reason) -> RecordError:
+        return RecordError(file, row, field, reason, line)
+
+    if not isinstance(raw, dict):
+        raise wrong(None, f"is {type(raw).__name__}, not an object")
+    for name in ("path", "text"):
+        if not isinstance(raw.get(name), str) or not raw[name].strip():
+            raise wrong(name, f"is {_shown(raw[name])}, not a text" if name in raw else "is missing")
+    times = raw.get("start"), raw.get("end")
+    for name, value in zip(("start", "end"), times, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+            raise wrong(name, f"is {_shown(value)}, not a number of seconds")
+    if None not in times and times[0] >= times[1]:
+        raise wrong("end", f"is {times[1]}, not after the start {times[0]}")
+    return Pair(raw["path"], raw["text"], *times, row)
+
+
+def load_pairs(file, *, errors: list | None = None) -> list[Pair]:
+    """Reads a file of (clip, text) pairs; `errors` as for `load_records`."""
+    return _load(file, parse_pair, errors)
+
+
 def load_records(file, *, errors: list | None = None) -> list[Record]:
     """Reads a question file (JSON list, JSON lines, CSV or Parquet), or the "train" split of a `video_r1` set's folder.
 
@@ -137,12 +180,16 @@ def load_records(file, *, errors: list | None = None) -> list[Record]:
             return list(Stored(file))
         except ValueError as error:
             raise RecordError(file, None, None, str(error)) from None
+    return _load(file, parse_record, errors)
+
+
+def _load(file, parse: Callable, errors: list | None) -> list:
     records = []
     for row, line, raw in read_rows(file):
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            records.append(parse_record(raw, file, row, line))
+            records.append(parse(raw, file, row, line))
         except RecordError as error:
             if errors is None:
                 raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.synthetic import build
@@ -23,6 +23,7 @@ from marc_jax.models import prompts, qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
+from marc_jax.state import settled
 from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
@@ -102,10 +103,8 @@ class Run:
         return jax.device_put(tree, sharding.replicated(self.mesh))
 
     def settle(self, state):
-        """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
-        everywhere = sharding.replicated(self.mesh)
-        on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh  # noqa: E731
-        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
+        """`state.settled` on the run's mesh."""
+        return settled(state, self.mesh)
 
     def parameters(self, source: str, trainable: tuple[str, ...] = ()) -> dict:
         """Model parameters (nested), sharded; in float32 what matches `trainable`, else in config.model.frozen_dtype.

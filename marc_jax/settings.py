@@ -16,9 +16,10 @@ POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
-KINDS = ("sft", "retriever", "distill", "cgrpo")
+KINDS = ("sft", "retriever", "distill", "cgrpo", "encoder")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
+COMPUTED = ("auto", *DTYPES)
 REMAT = ("", "layer", "attention", "products")
 TOKENS = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
@@ -85,6 +86,10 @@ def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
     `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+
+    "encoder" (`marc_jax.contrastive`): `pairs` is a file of pairs under the data root `root` ("": the file's folder);
+    a step sees `videos` videos, `clips` pairs of each, `frames` frames of each clip; `workers` processes read them (0:
+    threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
@@ -94,6 +99,10 @@ def stage(kind: str) -> ConfigDict:
         "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged,
         "cgrpo": trained | judged | {"alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2},
+        "encoder": {
+            "pairs": "", "root": "", "clips": 4, "frames": 8, "in_batch": 1.0, "trainable": (".*",), "dtype": "auto",
+            "remat": True, "workers": 0,
+        },
     }[kind])  # fmt: skip
     c.optimizer = optimizer()
     return c
@@ -195,6 +204,9 @@ def validate(config: ConfigDict) -> None:
     for name in config.stages:
         wrong += _stage_problems(config, name, done)
         done.append(name)
+    kinds = {config[name].kind for name in done if name in config and "kind" in config[name]}
+    if "encoder" in kinds and len(kinds) > 1:
+        wrong.append("stages: those of kind 'encoder' are a run of their own")
     claimed = {config.eval.claims[name][side] for name in config.eval.claims for side in ("arm", "minus")}
     wrong += [f"eval.claims names the unknown arm {a!r}" for a in sorted(claimed - {"", *config.eval.arms})]
     wrong += [problem for name in config.eval.arms for problem in _arm_problems(config, name, done)]
@@ -246,6 +258,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     if name not in config or "kind" not in config[name]:
         return [f"stages names {name!r}, which the file does not define"]
     c, wrong = config[name], []
+    if c.kind == "encoder":
+        return _encoder_problems(name, c, done)
 
     def known(field: str) -> None:
         source = c[field]
@@ -282,6 +296,23 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
             wrong.append(f"{name}.parity = {c.parity!r}: choose one of {', '.join(PARITY)}")
         if c.alpha < 0 or not 0 <= c.tau <= 1:
             wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+    return wrong
+
+
+def _encoder_problems(name: str, c, done: list[str]) -> list[str]:
+    wrong = []
+    if c.init not in done and not Path(c.init or " ").is_dir():
+        wrong.append(f"{name}.init = {c.init!r} is neither an earlier stage nor a folder (of PE-Core or SigLIP 2)")
+    if not Path(c.pairs).is_file():
+        wrong.append(f"{name}.pairs = {c.pairs!r} is not a file of (clip, text) pairs")
+    if min(c.steps, c.videos, c.clips, c.frames) < 1:
+        wrong.append(f"{name}.steps, videos, clips and frames must be at least 1")
+    if c.in_batch < 0:
+        wrong.append(f"{name}.in_batch = {c.in_batch} must not be negative")
+    if c.in_batch == 0 and c.clips == 1:
+        wrong.append(f"{name}: in_batch = 0 and clips = 1 leave no negatives")
+    if c.dtype not in COMPUTED:
+        wrong.append(f"{name}.dtype = {c.dtype!r}: choose one of {', '.join(COMPUTED)}")
     return wrong
 
 

@@ -58,6 +58,17 @@ def create(
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), key)
 
 
+def settled(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(x):
+        there = isinstance(x.sharding, jax.sharding.NamedSharding) and x.sharding.mesh == mesh
+        return x if there else jax.device_put(x, everywhere)
+
+    return jax.tree.map(place, state)
+
+
 def abstract(
     tx: optax.GradientTransformation,
     params: Mapping[str, jax.ShapeDtypeStruct],

@@ -27,7 +27,7 @@ def main() -> None:
 
     import time
 
-    from marc_jax import locks, loop, optim, records, run, stages, synthetic
+    from marc_jax import contrastive, locks, loop, optim, records, run, stages, synthetic
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
@@ -35,6 +35,9 @@ def main() -> None:
     with locks.held(workdir / ".lock", f"the config of {workdir}", wait=True):
         settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
+
+    if config[config.stages[0]].kind == "encoder":  # then all are: towers beside the model, with data of their own
+        return contrastive.train(config, workdir)
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
     here = run.prepare(config, workdir)

@@ -15,7 +15,7 @@ def test_settings_know_the_names_of_the_rooms_they_may_not_import():
     assert settings.PARITY == parity.FAMILIES
     assert sorted(settings.GROUPS) == sorted(experiment.GROUP_ORDER)
     assert set(settings.view()) == {field.name for field in view.dataclasses.fields(view.View)}
-    assert set(settings.KINDS) == set(stages.KINDS)
+    assert set(settings.KINDS) == {*stages.KINDS, "encoder"}  # of contrastive
 
 
 @pytest.mark.parametrize("kind", settings.KINDS)
