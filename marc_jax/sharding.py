@@ -122,6 +122,18 @@ def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * axis, RULES["batch"]))
 
 
+def place(x, sharding: NamedSharding) -> jax.Array:
+    """A host array, the same in every process, as one array over the mesh; no process waits for another.
+
+    `device_put` makes the processes compare what they hold: a collective, and a deadlock or worse where a thread draws
+    batches while the step runs.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())

@@ -146,7 +146,7 @@ def retriever(run: Run, name: str, stage):
 
         grads, values = jax.grad(objective, has_aux=True)(now.params)
         values["grad_norm"] = optax.tree.norm(grads)
-        return now.apply(tx, grads), values
+        return now.apply(tx, grads, values["loss"][0] / values["loss"][1]), values
 
     advance = _jit(advance, first)
 

@@ -39,9 +39,9 @@ class TrainState:
         """The key of this step; a function of (key, step) alone."""
         return jax.random.fold_in(self.key, self.step)
 
-    def apply(self, tx: optax.GradientTransformation, grads: Mapping[str, jax.Array]) -> "TrainState":
-        """The next state: one optimizer update of `params`."""
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+    def apply(self, tx: optax.GradientTransformation, grads: Mapping[str, jax.Array], loss=0.0) -> "TrainState":
+        """The next state: one optimizer update of `params`. `loss`: the batch's mean, for `guard.guard`."""
+        updates, opt_state = optax.with_extra_args_support(tx).update(grads, self.opt_state, self.params, loss=loss)
         params = optax.apply_updates(self.params, updates)
         return dataclasses.replace(self, step=self.step + 1, params=params, opt_state=opt_state)
 

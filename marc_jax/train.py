@@ -48,7 +48,8 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             first, draw, step_fn, trainable = stages.build(here, name)
-            pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
+            skip = config[name].optimizer.skip
+            pace = loop.Pace(config[name].steps, config.log_every, config.save_every, skip=skip)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
             told = functools.partial(stages.samples, here, name)
             state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)

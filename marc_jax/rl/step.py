@@ -290,7 +290,7 @@ def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others
     count = jnp.maximum(metrics["loss"][1], 1)
     grads = jax.tree.map(lambda g, x: (g / count).astype(x.dtype), grads, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return state.apply(tx, grads), metrics
+    return state.apply(tx, grads, metrics["loss"][0] / count), metrics
 
 
 def split_batch(batch, n: int):
