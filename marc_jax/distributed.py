@@ -133,9 +133,9 @@ class _Watch:
 
     def leave(self) -> None:
         """This process is done, and well."""
-        for peer in self.peers.values():
-            _send(peer, _BYE)
         self.left = True
+        for peer in list(self.peers.values()):  # the thread takes out those that have left
+            _send(peer, _BYE)
 
     def _run(self) -> None:
         heard = dict.fromkeys(self.peers, time.monotonic())

@@ -26,6 +26,7 @@ flags.DEFINE_integer("width", 32, "Of the hidden layer.")
 flags.DEFINE_float("pause", 0.0, "Seconds a step sleeps.")
 flags.DEFINE_string("spoil", "", "STEP:nan or STEP:spike, comma separated: what is wrong with the batches of steps.")
 flags.DEFINE_integer("skip", 0, "How many spoilt steps in a row are left out.")
+flags.DEFINE_string("die", "", "Where this process kills itself; see `kills.die_at`.")
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
 flags.DEFINE_integer("processes", 0, "How many.")
 flags.DEFINE_integer("process", -1, "Which one.")
@@ -117,6 +118,10 @@ def main() -> None:
     from marc_jax import distributed, loop, sharding
     from marc_jax.interrupt import Interrupt
 
+    if args.die:
+        from tools.faults import kills
+
+        kills.die_at(args.die)
     with distributed.joined(args.coordinator, args.processes, args.process, timeout=args.silence), Interrupt() as stop:
         mesh = sharding.make_mesh(*map(int, args.mesh))
         pace = loop.Pace(args.steps, log_every=1, save_every=args.save_every, skip=args.skip)
