@@ -131,7 +131,7 @@ def _rows(file):
     if content.lstrip()[:1] == "[":
         try:
             yield from enumerate(json.loads(content))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError(file, None, None, f"is no JSON ({error})") from None
         return
     row = 0
@@ -139,7 +139,7 @@ def _rows(file):
         if line.strip():
             try:
                 yield row, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 yield row, RecordError(file, row, None, f"line {number} is no JSON ({error})")
             row += 1
     if row == 0:

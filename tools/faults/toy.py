@@ -47,7 +47,7 @@ def draw_numbers(step: int, spoil: str = "") -> tuple[np.ndarray, np.ndarray]:
     return x_bi, y_b.astype(np.float32)
 
 
-def build(mesh, width: int = 32, skip: int = 0, steps: int = 12):
+def build(mesh, width: int = 32, skip: int = 0):
     """(state, step function) on a mesh (data, fsdp, tensor)."""
     import jax
     import jax.numpy as jnp
@@ -56,7 +56,8 @@ def build(mesh, width: int = 32, skip: int = 0, steps: int = 12):
 
     from marc_jax import optim, state
 
-    tx = optim.make({"learning_rate": 0.01, "weight_decay": 0.01, "skip": skip, "spike": 8.0 * bool(skip)}, steps)
+    how = {"learning_rate": 0.01, "weight_decay": 0.01, "schedule": "constant"}  # whatever `steps` is
+    tx = optim.make(how | {"skip": skip, "spike": 8.0 * bool(skip)}, 1)
 
     def first():
         a, b = jax.random.split(jax.random.key(0))
@@ -101,7 +102,7 @@ def train(workdir: Path, mesh, pace, *, spoil: str = "", pause: float = 0.0, wid
 
     from marc_jax import loop, sharding
 
-    state, step_fn = build(mesh, width, pace.skip, pace.steps)
+    state, step_fn = build(mesh, width, pace.skip)
     over = sharding.batch(mesh)
 
     def draw(step):
