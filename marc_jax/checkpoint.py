@@ -248,10 +248,15 @@ def _restore_args(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def _placed(value, x):
     sharding = getattr(x, "sharding", None)
     if _is_key(x):
-        wrap = functools.partial(jax.random.wrap_key_data, impl=_KEY_KINDS[str(x.dtype)])
-        # jit, since device_put cannot place a key on the devices of other processes.
-        return wrap(np.asarray(value)) if sharding is None else jax.jit(wrap, out_shardings=sharding)(value)
+        return _key_maker(_KEY_KINDS[str(x.dtype)], sharding)(value if sharding is not None else np.asarray(value))
     return value if sharding is not None else jax.numpy.asarray(value)
+
+
+@functools.cache
+def _key_maker(kind: str, sharding):
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    # jit, since device_put cannot place a key on the devices of other processes.
+    return wrap if sharding is None else jax.jit(wrap, out_shardings=sharding)
 
 
 def _is_key(x) -> bool:

@@ -96,13 +96,14 @@ class Run:
 
     def whole(self, tree):
         """Arrays that every device holds: banks, the retriever."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: sharding.place(x, everywhere), tree)
 
     def settle(self, state):
         """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
         everywhere = sharding.replicated(self.mesh)
         on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh  # noqa: E731
-        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
+        return jax.tree.map(lambda x: x if on_mesh(x) else sharding.place(x, everywhere), state)
 
     def parameters(self, source: str) -> dict:
         """Model parameters (nested), sharded.

@@ -44,13 +44,15 @@ def _limited(folder: pathlib.Path, count: int, outcome: drill.Outcome, truth) ->
 
 def limited(folder: pathlib.Path, count: int) -> drill.Outcome:
     """A limit on the size of a file, as quotas and `ulimit -f` set it."""
-    outcome = drill.Outcome("a file may not grow beyond a limit", "one line, exit code 1; the resumed run ends bit-equal")
+    promise = "one line, exit code 1; the resumed run ends bit-equal"
+    outcome = drill.Outcome("a file may not grow beyond a limit", promise)
     return _limited(folder, count, outcome, drill.straight(*STEPS))
 
 
 def read_only(folder: pathlib.Path, count: int) -> drill.Outcome:
     """A directory that cannot be written to; a file where the directory should be."""
-    outcome = drill.Outcome("directory read-only, or a file in its place", "one line before the first step, exit code > 0")
+    promise = "one line before the first step, exit code > 0"
+    outcome = drill.Outcome("directory read-only, or a file in its place", promise)
     for i in range(count):
         place = folder / f"place{i}"
         if i % 2:

@@ -19,7 +19,8 @@ def _mesh(*shape: int):
 def spoilt(folder: pathlib.Path, count: int) -> list[drill.Outcome]:
     """A batch with a NaN at another step each time: the run stops, or leaves it out."""
     stops = drill.Outcome(
-        "NaN in a batch", "stops, names step and samples; no such state is saved; resumes when the data is right, bit-equal"
+        "NaN in a batch",
+        "stops, names step and samples; no such state is saved; resumes when the data is right, bit-equal",
     )
     skips = drill.Outcome(
         "NaN or a spike in a batch, `skip` set", "left out bit for bit, counted, its samples written; the run ends"

@@ -74,7 +74,8 @@ def _survives(workdir: pathlib.Path, victim: int, number: int, bound: float) -> 
 def one_signalled(folder: pathlib.Path, count: int) -> drill.Outcome:
     """SIGTERM to one of the two."""
     outcome = drill.Outcome(
-        "SIGTERM to one process of two", "both stop after the same step, saved, exit code 0; both resume and end bit-equal"
+        "SIGTERM to one process of two",
+        "both stop after the same step, saved, exit code 0; both resume and end bit-equal",
     )
     truth, slowest = drill.straight("--steps=8", "--devices=4", "--mesh=2,1,2"), 0.0
     for i in range(count):
@@ -85,7 +86,7 @@ def one_signalled(folder: pathlib.Path, count: int) -> drill.Outcome:
         ends = [drill.ended(run, 30) for run in runs]
         slowest = max(slowest, *(seconds for _, _, seconds in ends))
         words = f"stopped after step {drill.steps(workdir)[-1]}, which is saved"
-        bad = [f"process {j}: {code}: {err[-300:]}" for j, (code, err, _) in enumerate(ends) if code or words not in err]
+        bad = [f"process {j}: {end[0]}: {end[1][-300:]}" for j, end in enumerate(ends) if end[0] or words not in end[1]]
         if not bad:
             runs = pair(workdir, "--steps=8")
             bad = [f"resumed: {end[1][-300:]}" for end in map(drill.ended, runs) if end[0]]

@@ -8,7 +8,6 @@ A two-layer regression on numbers drawn from the step alone, through the same lo
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -61,7 +60,8 @@ def build(mesh, width: int = 32, skip: int = 0):
 
     def first():
         a, b = jax.random.split(jax.random.key(0))
-        params = {"in/kernel": jax.random.normal(a, (INPUT, width)) / 3, "out/kernel": jax.random.normal(b, (width,)) / 6}
+        params = {"in/kernel": jax.random.normal(a, (INPUT, width)), "out/kernel": jax.random.normal(b, (width,))}
+        params = jax.tree.map(lambda x: x / 4, params)
         return state.create(tx, params, {"fixed/scale": jnp.ones(3)}, key=jax.random.key(1))
 
     split = {(INPUT, width): P("fsdp", "tensor"), (width,): P("tensor")}
@@ -98,7 +98,6 @@ def digest(state) -> str:
 
 def train(workdir: Path, mesh, pace, *, spoil: str = "", pause: float = 0.0, width: int = 32, stop=None):
     """The final state; see `loop.fit`."""
-    import jax
 
     from marc_jax import loop, sharding
 
