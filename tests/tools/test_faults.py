@@ -7,43 +7,36 @@ from tools.faults import __main__ as faults
 from tools.faults import damage, disks, drill, kills, numbers, peers, soak
 
 
-@pytest.fixture(autouse=True)
-def plain_programs(monkeypatch):
-    """Processes of the drills choose their own number of devices."""
-    monkeypatch.delenv("XLA_FLAGS")
-
-
 def check(found):
     for outcome in found if isinstance(found, list) else [found]:
         assert outcome.attempts and not outcome.lost, (outcome.fault, outcome.problems)
 
 
-SHORT = [
-    (kills.killed, 2),
-    (kills.killed_in_commit, 1),
-    (kills.signalled, 1),
-    (kills.interrupted_twice, 1),
-    (disks.full, 1),
-    (disks.limited, 1),
-    (disks.read_only, 2),
-    (disks.cleared, 1),
-    (damage.checkpoints, 20),
-    (damage.memories, 200),
-    (damage.annotations, 600),
-    (numbers.spoilt, 2),
-    (numbers.too_many, 1),
-    (numbers.resharded, 3),
-    (peers.equal, 1),
-]
+# The others are slow: tests/test_checkpoint.py has signals and disks without a whole run.
+SHORT = {
+    kills.killed: 2,
+    kills.killed_in_commit: 1,
+    disks.full: 1,
+    disks.read_only: 2,
+    damage.checkpoints: 10,
+    damage.memories: 200,
+    damage.annotations: 600,
+    numbers.spoilt: 2,
+    numbers.too_many: 1,
+    numbers.resharded: 2,
+    peers.equal: 1,
+    peers.dead: 1,
+}
 
 
-@pytest.mark.parametrize(("function", "count"), SHORT, ids=lambda x: getattr(x, "__name__", ""))
+def drills() -> list:
+    slow = {function: () if function in SHORT else pytest.mark.slow for function, _ in faults.DRILLS.values()}
+    return [pytest.param(f, SHORT.get(f, 1), id=name, marks=slow[f]) for name, (f, _) in faults.DRILLS.items()]
+
+
+@pytest.mark.parametrize(("function", "count"), drills())
 def test_nothing_is_lost(tmp_path, function, count):
     check(function(tmp_path, count))
-
-
-def test_a_process_that_dies_ends_the_other(tmp_path):
-    check(peers.dead(tmp_path, 1))
 
 
 def test_train_and_evaluate_and_index_grow_nothing(tmp_path, monkeypatch):
@@ -59,8 +52,3 @@ def test_the_table_keeps_what_was_not_measured_again(tmp_path, monkeypatch):
         faults.write([faults.row(drill.Outcome(fault, "holds", 5, 5 - lost), "today")])
     table = page.read_text().removeprefix(f"before\n{faults.BEGIN}{faults.HEAD}").removesuffix(f"{faults.END}after\n")
     assert table == "| a | holds | 5 | 3 | 2 | today |\n| b | holds | 5 | 4 | 1 | today |\n"
-
-
-def test_every_drill_has_its_short_form():
-    short = {function for function, _ in SHORT} | {peers.dead, peers.one_signalled}
-    assert {function for function, _ in faults.DRILLS.values()} == short
