@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from marc_jax.config import ConfigError, Stopped, UserError
 
 BEAT = 1.0  # seconds between two signs of life
+JOIN = 300.0  # seconds until all processes must have come
 _ALIVE, _BYE, _GONE = b"a", b"b", b"g"  # one byte; after _GONE comes the process's number in two
 
 
@@ -40,7 +41,7 @@ def joined(coordinator: str, processes: int = 0, process: int = -1, *, timeout: 
       timeout: how long another process may be silent before it counts as dead.
 
     Raises:
-      ConfigError: arguments that cannot be; the others did not come in time.
+      ConfigError: arguments that cannot be. Where the others do not come within JOIN seconds the process ends.
     """
     if not coordinator:
         if processes or process != -1:
@@ -76,11 +77,22 @@ def _initialize(coordinator: str, processes: int, process: int) -> None:
         if not 0 <= process < processes:
             raise ConfigError(f"--process={process} of --processes={processes}: from 0 to one below their number")
         told = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    # jax itself would abort with a stack trace.
+    late = threading.Timer(JOIN, _never, [f"not all processes came to {coordinator} within {JOIN:g} s"])
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(**told)
+        jax.distributed.initialize(**told, initialization_timeout=int(JOIN) + 60)
     except (RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())[:300]
         raise ConfigError(f"--coordinator={coordinator}: cannot join the run: {reason}") from None
+    finally:
+        late.cancel()
+
+
+def _never(why: str) -> None:
+    os.write(2, f"error: --coordinator: {why}; is the same command running for every --process?\n".encode())
+    _leave(2)
 
 
 def _leave(code: int) -> None:

@@ -1,4 +1,4 @@
-"""Writes tests/golden_checkpoint: python -m tests.make_golden_checkpoint. Once per format: all later versions read it."""
+"""Writes tests/golden_checkpoint: python -m tests.make_golden_checkpoint. Once per format, read by every later one."""
 
 import pathlib
 import shutil
