@@ -7,8 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_pipelines.sources import RecordError, load_records
+from data_pipelines.sources import RecordError, confined_path, load_records, parse_record
 from data_pipelines.video import VideoError, read_frames
 from marc_jax import checkpoint, manifest, pretrained
 from marc_jax.config import ConfigError, UserError
@@ -116,6 +118,37 @@ def test_checkpoints_memories_videos_and_questions_that_are_pickles_are_refused_
     with pytest.raises(RecordError):
         load_records(tmp_path / "train.json")
     assert not canary.exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["problem_id", "problem", "data_type", "problem_type", "options", "solution", "path", "more"])
+GOOD = {"problem": "which ?", "data_type": "video", "problem_type": "free-form", "solution": "x", "path": "./a.mp4"}
+
+
+@given(JSON | st.dictionaries(FIELDS, JSON, max_size=4).map(lambda changes: GOOD | changes))
+def test_any_row_is_a_record_or_an_error_that_names_file_and_row(row):
+    try:
+        record = parse_record(row, "rows.json", 3)
+    except RecordError as error:
+        assert str(error).startswith("rows.json, row 3")
+    else:
+        assert all(isinstance(x, str) and x.strip() for x in (record.problem, record.solution, record.path))
+
+
+PIECES = ["..", ".", "/", "a", "~", "\\", "://", "concat:", "subfile,,", "\0", " ", "|", "%2e", "\ud800", "é", "etc"]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join))
+def test_any_path_stays_under_the_root_or_is_refused(path):
+    try:
+        where = confined_path("/data/root", path)
+    except ValueError:
+        return
+    assert where.startswith("/data/root/") and ".." not in where.split("/")
 
 
 def test_values_of_the_command_line_are_literals_not_expressions(canary):
