@@ -45,8 +45,8 @@ EXTRAS = {
     "parity": ["torch>=2.10", "torchvision", "transformers>=5.5,<6", "qwen-vl-utils==0.0.14"],
     # PySceneDetect stands beside our segmenter in tools/bench/events.py. It brings opencv-python, whose cv2 overwrites
     # the headless one: give it an environment of its own, without the constraint files. FAISS stands beside ours in
-    # tools/bench/retrieval.py.
-    "bench": ["scenedetect>=0.7", "faiss-cpu>=1.9"],
+    # tools/bench/retrieval.py, Qwix beside our 8-bit weights in tests/models/test_packed.py.
+    "bench": ["scenedetect>=0.7", "faiss-cpu>=1.9", "qwix>=0.1.8"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
 }
 

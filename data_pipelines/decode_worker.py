@@ -25,16 +25,18 @@ LINE = 1 << 16  # bytes of an answer at most
 def pack(sampling: dict) -> dict:
     """Keyword arguments of `video.read_frames` as JSON values.
 
-    ValueError for a `resize` function that a process cannot import.
+    ValueError for a `resize` function, or the class of a budget, that a process cannot import.
     """
     packed = dict(sampling)
     resize = packed.get("resize")
-    if dataclasses.is_dataclass(resize):
-        packed["resize"] = {"budget": dataclasses.asdict(resize)}
-    elif callable(resize):
-        if "<" in resize.__qualname__ or resize.__module__ == "__main__":
-            raise ValueError(f"resize {resize.__qualname__} is no function of an importable module")
-        packed["resize"] = {"function": f"{resize.__module__}:{resize.__qualname__}"}
+    budget = dataclasses.is_dataclass(resize)
+    if budget or callable(resize):
+        made = type(resize) if budget else resize
+        if "<" in made.__qualname__ or made.__module__ == "__main__":
+            raise ValueError(f"resize {made.__qualname__} is nothing of an importable module")
+        packed["resize"] = {"name": f"{made.__module__}:{made.__qualname__}"}
+        if budget:
+            packed["resize"]["fields"] = dataclasses.asdict(resize)
     if packed.get("limits") is not None:
         packed["limits"] = dataclasses.asdict(packed["limits"])
     return packed
@@ -42,13 +44,11 @@ def pack(sampling: dict) -> dict:
 
 def unpack(packed: dict) -> dict:
     """The inverse of `pack`; sizes come back as tuples."""
-    from data_pipelines.patches import VideoBudget
-
     sampling = dict(packed)
     resize = sampling.get("resize")
     if isinstance(resize, dict):
-        made = VideoBudget(**resize["budget"]) if "budget" in resize else pkgutil.resolve_name(resize["function"])
-        sampling["resize"] = made
+        made = pkgutil.resolve_name(resize["name"])
+        sampling["resize"] = made(**resize["fields"]) if "fields" in resize else made
     elif resize is not None:
         sampling["resize"] = tuple(resize)
     if sampling.get("limits") is not None:
@@ -90,10 +90,9 @@ def _heard() -> list[str]:
 
 
 def _answer(decode, request: dict, memory: int) -> tuple[dict, list[int]]:
-    path, sampling = request["path"], unpack(request["sampling"])
-    limits = sampling.get("limits") or Limits()
-    seconds = min(limits.decode_seconds, request["seconds"])
-    sampling["limits"] = dataclasses.replace(limits, decode_seconds=seconds)
+    path, sampling, seconds = request["path"], unpack(request["sampling"]), request["seconds"]
+    limits = sampling.get("limits") or Limits(decode_seconds=seconds)
+    sampling["limits"] = dataclasses.replace(limits, decode_seconds=min(limits.decode_seconds, seconds))
     try:
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)

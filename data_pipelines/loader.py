@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -70,7 +69,7 @@ def describe_error(record, row: int, error: BaseException) -> dict:
     """{row, path, reason}, a line of bad_samples.jsonl. The row is the one in the source file where it is known."""
     path = getattr(error, "path", None) or getattr(record, "path", None) or (record if isinstance(record, str) else "")
     known = getattr(record, "row", -1)
-    reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
     return {"row": known if known >= 0 else row, "path": str(path), "reason": reason}
 
 
@@ -219,88 +218,72 @@ def _logged_rows(report) -> set[int]:
         return {json.loads(line)["row"] for line in file if line.endswith("\n")}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Guarded:
-    fn: Callable
+def _guarded(fn: Callable, numbered: tuple[int, Any]) -> tuple[Any, dict | None]:
+    """(fn(item), None), or (None, the line of bad_samples.jsonl), of (row, item)."""
+    row, item = numbered
+    try:
+        return fn(item), None
+    except UNREADABLE as error:
+        return None, describe_error(item, row, error)
 
-    def __call__(self, row, item):
+
+def work_ahead(
+    items: Iterable, fn: Callable, workers: int, *, held: int | None = None, in_order: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Yields (item, fn(item)), computed in threads ahead of who takes them; what fn raises is raised here.
+
+    Args:
+      items: read as the work proceeds.
+      workers: threads (decoding releases the GIL); below 1 everything runs here.
+      held: at most so many items are begun and not yet taken from the iterator, so memory is bounded however slowly
+        they are taken; default workers + 1.
+      in_order: as the items come, otherwise as they are done.
+
+    Left early, it waits for the items that are being worked on and begins no other.
+    """
+    if workers < 1:
+        yield from ((item, fn(item)) for item in items)
+        return
+    held, items = held or workers + 1, iter(items)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        begun: dict = {}
         try:
-            return self.fn(item), None
-        except UNREADABLE as error:
-            return None, describe_error(item, row, error)
+            while True:
+                for item in itertools.islice(items, held - len(begun)):
+                    begun[pool.submit(fn, item)] = item
+                if not begun:
+                    return
+                awaited = list(begun)[: 1 if in_order else None]
+                done = concurrent.futures.wait(awaited, return_when=concurrent.futures.FIRST_COMPLETED).done
+                for future in sorted(done, key=awaited.index):
+                    yield begun.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def decode_many(
-    paths: Sequence,
-    fn: Callable,
-    workers: int = 0,
-    *,
-    processes: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    paths: Sequence, fn: Callable, workers: int = 0, *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list, list[dict]]:
-    """fn(path) for every path, in order.
-
-    Args:
-      workers: 0 runs here; otherwise that many threads (decoding releases the GIL), or with `processes` spawned
-        processes (fn must then be importable).
-      progress: called with (done, total) after each.
+    """fn(path) for every path, in order; `progress` is called with (done, total) after each.
 
     Returns:
       Results in the order of `paths`, None where it failed, and the failures as {row, path, reason}, in the same order.
       Errors other than VideoError, OSError and ValueError stop everything and are raised.
     """
-    guarded, total = _Guarded(fn), len(paths)
-    results: list = [None] * total
-    if workers < 1:
-        for row, path in enumerate(paths):
-            results[row] = guarded(row, path)
-            if progress:
-                progress(row + 1, total)
-    else:
-        if processes:
-            context = multiprocessing.get_context("spawn")
-            pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
-        else:
-            pool = concurrent.futures.ThreadPoolExecutor(workers)
-        try:
-            row_of = {pool.submit(guarded, row, path): row for row, path in enumerate(paths)}
-            for done, future in enumerate(concurrent.futures.as_completed(row_of), 1):
-                results[row_of[future]] = future.result()
-                if progress:
-                    progress(done, total)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    results: list = [None] * len(paths)
+    work = work_ahead(enumerate(paths), functools.partial(_guarded, fn), workers)
+    for done, ((row, _), result) in enumerate(work, 1):
+        results[row] = result
+        if progress:
+            progress(done, len(paths))
     return [value for value, _ in results], [bad for _, bad in results if bad is not None]
 
 
-def decode_ahead(
-    paths: Iterable, fn: Callable, workers: int = 2, *, held: int | None = None
-) -> Iterator[tuple[Any, Any, dict | None]]:
+def decode_ahead(paths: Iterable, fn: Callable, workers: int = 2) -> Iterator[tuple[Any, Any, dict | None]]:
     """Yields (path, fn(path), None), or (path, None, {row, path, reason}) where it failed, as they are done.
 
-    Args:
-      workers: threads (decoding releases the GIL); below 1 everything runs here.
-      held: at most so many paths are begun and not yet taken from the iterator, so memory is bounded however slowly
-        they are taken; default workers + 1.
-
-    Errors other than VideoError, OSError and ValueError are raised.
+    At most workers + 1 paths are begun and not yet taken, see `work_ahead`. Errors other than VideoError, OSError and
+    ValueError are raised.
     """
-    guarded = _Guarded(fn)
-    if workers < 1:
-        for row, path in enumerate(paths):
-            yield path, *guarded(row, path)
-        return
-    held, rows = held or workers + 1, iter(enumerate(paths))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        begun: dict = {}
-        try:
-            while True:
-                for row, path in itertools.islice(rows, held - len(begun)):
-                    begun[pool.submit(guarded, row, path)] = path
-                if not begun:
-                    return
-                done = concurrent.futures.wait(begun, return_when=concurrent.futures.FIRST_COMPLETED).done
-                for future in sorted(done, key=list(begun).index):
-                    yield begun.pop(future), *future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for (_, path), (value, bad) in work_ahead(enumerate(paths), functools.partial(_guarded, fn), workers):
+        yield path, value, bad

@@ -8,7 +8,7 @@ a deadline and a limit of memory, and is replaced if it does not answer. Frames 
 memory: no name that could be left behind, no limit by the size of /dev/shm.
 """
 
-import concurrent.futures
+import contextlib
 import inspect
 import json
 import os
@@ -20,12 +20,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from data_pipelines import video
+from data_pipelines import loader, video
 from data_pipelines.containers import VideoError, VideoInfo
 from data_pipelines.decode_worker import LINE, pack
 from data_pipelines.video import Clip
@@ -210,6 +209,10 @@ class Pool:
         finally:
             self._idle.put(self._kept(worker))
 
+    def read_frames(self, path, **sampling) -> Clip:
+        """`decode`, to be given in place of `video.read_frames`."""
+        return self.decode(path, sampling)
+
     def _ready(self, worker: _Worker | None) -> _Worker:
         with self._lock:
             if self._closed:
@@ -269,27 +272,17 @@ def decode_many(
     2 x workers decoded clips wait in memory. Leaving the loop early ends all workers.
     """
     workers = workers or os.cpu_count() or 1
+    pool = Pool(workers, seconds, **options)
 
     def one(path):
         try:
             return pool.decode(path, sampling)
-        except VideoError as error:
+        except Exception as error:  # raised below, where the pool ends first
             return error
 
-    waiting = deque()
-    with (
-        concurrent.futures.ThreadPoolExecutor(workers, "decode") as threads,
-        Pool(workers, seconds, **options) as pool,
-    ):
-        try:
-            for path in paths:
-                waiting.append((path, threads.submit(one, path)))
-                if len(waiting) >= 2 * workers:
-                    path, future = waiting.popleft()
-                    yield path, future.result()
-            while waiting:
-                path, future = waiting.popleft()
-                yield path, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+    work = loader.work_ahead(paths, one, workers, held=2 * workers, in_order=True)
+    with contextlib.closing(work), pool:  # left early, the pool ends first: no thread then waits for a file that hangs
+        for path, got in work:
+            if isinstance(got, Exception) and not isinstance(got, VideoError):
+                raise got
+            yield path, got

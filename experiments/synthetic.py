@@ -89,8 +89,14 @@ def get_config():
     c.distill_events = {"kind": "distill", **student, "types": PAIRS, "view": "per_event", "steps": 300, "group": 2}
     c.distill_events.optimizer = {"learning_rate": 2e-4}
 
-    c.eval = ConfigDict({"main": "sft", "batch": 500, "arms": {}})
-    c.eval.arms.teacher = {"stage": "teacher", "view": "full", "group": "teacher", "label": "teacher, every patch"}
+    c.eval = ConfigDict({"main": "sft", "batch": 500, "arms": arms()})
+    return c
+
+
+def arms():
+    """Who answers the held-out questions, looking how."""
+    c = ConfigDict()
+    c.teacher = {"stage": "teacher", "view": "full", "group": "teacher", "label": "teacher, every patch"}
     for key, view, label in (
         ("blind", "blind", "no video"),
         ("random", "random", "one random patch"),
@@ -99,7 +105,7 @@ def get_config():
         ("untrained_k1", "marc_k1", "one retrieved event, one patch, untrained"),
         ("per_event", "per_event", "one patch per retrieved event, untrained"),
     ):
-        c.eval.arms[key] = {"stage": "teacher", "view": view, "label": label}
+        c[key] = {"stage": "teacher", "view": view, "label": label}
     for key, stage, view, label in (
         ("sft_whole", "sft_whole", "whole", "SFT, whole video merged to one patch"),
         ("sft", "sft", "marc", "SFT, retrieval + one patch"),
@@ -108,5 +114,5 @@ def get_config():
         ("distill_events", "distill_events", "per_event", "on-policy distillation, one patch per retrieved event"),
         ("distill_events_k4", "distill_events", "per_event_k4", "the same student, four events retrieved"),
     ):
-        c.eval.arms[key] = {"stage": stage, "view": view, "label": label, "group": "student"}
+        c[key] = {"stage": stage, "view": view, "label": label, "group": "student"}
     return c

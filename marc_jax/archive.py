@@ -6,11 +6,13 @@
     print(answer.text, answer.events)                          # events: video, seconds, similarity
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -18,9 +20,11 @@ import cv2
 import jax
 import numpy as np
 
-from data_pipelines import loader
+from data_pipelines import loader, patches, sandbox
+from data_pipelines.containers import DEFAULT_LIMITS
+from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import run
+from marc_jax import files, run
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
@@ -28,9 +32,6 @@ from marc_jax.memory import retrieve, store
 from marc_jax.memory.indexer import Decoded, Indexer
 from marc_jax.memory.shots import Shots
 
-SUFFIXES = frozenset(
-    ".3g2 .3gp .avi .flv .gif .h264 .h265 .hevc .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
-)
 SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
 FLUSH_SECONDS = 30.0
 
@@ -41,7 +42,7 @@ class Settings:
 
     Attributes:
       checkpoint: folder of the run, or of one of its stages.
-      encoder: folder of PE-Core or SigLIP 2; shots: folder of TransNetV2.
+      encoder: folder of PE-Core, SigLIP 2 or a run whose retriever embeds; shots: folder of TransNetV2.
       pool: "mean" or "max".
     """
 
@@ -75,51 +76,45 @@ class Indexed:
     stopped: bool = False
 
 
-def find_videos(places: Iterable) -> tuple[list[str], dict[str, str]]:
-    """(files, {place: reason} for those that give none): files as they are, folders searched by `SUFFIXES`, sorted."""
-    files, failed = [], {}
-    for place in map(str, places):
-        if not os.path.isdir(place):
-            files.append(place)
-            continue
-        found = []
-        for folder, inside, names in os.walk(place):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            known = (name for name in names if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."))
-            found += [os.path.join(folder, name) for name in sorted(known)]
-        files += found
-        if not found:
-            failed[place] = f"no video in this folder (files ending in {' '.join(sorted(SUFFIXES))})"
-    return list({os.path.realpath(file): file for file in reversed(files)}.values())[::-1], failed
-
-
 class Archive:
-    """Videos indexed by one run's model, and questions about them. Models are loaded and compiled when first needed."""
+    """Videos indexed by one run's model, and questions about them. Models are loaded and compiled when first needed.
+
+    Files are decoded in child processes: one that hangs or kills its decoder is a VideoError like any other.
+    """
 
     def __init__(
-        self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = ""
+        self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = "",
+        decode_seconds: float | None = None,
     ):  # fmt: skip
         """Args:
         memory: its folder; None: videos are indexed when they are asked about, and forgotten.
         checkpoint: a run, whose main student answers, or a stage of it.
         encoder, pool, shots: see `Settings`. What is "" is as the memory was made.
         view: one of the run's views to answer with; default the stage's.
+        decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
         self.folder = None if memory is None else Path(memory)
+        if self.folder and self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"--memory={memory}: a file, not a folder")
         told = Settings(*(os.path.realpath(p) if p else "" for p in (checkpoint, encoder, shots)), pool)
         made = _recorded(self.folder)
         self.settings = Settings(*(a or b for a, b in zip(_values(told), _values(made), strict=True)))
         if not self.settings.checkpoint:
-            which = f" ({memory} does not say)" if self.folder and self.folder.is_dir() else ""
+            which = f" ({_lacking(self.folder) or f'{memory} does not say'})" if self.folder else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
-        self.here, stage = run.opened(self.settings.checkpoint)
+        try:
+            self.here, stage = run.opened(self.settings.checkpoint)
+        except ConfigError as e:
+            hint = "" if checkpoint else f"; {memory} was made with it: give --checkpoint=FOLDER, where it is now"
+            raise ConfigError(f"{e}{hint}") from None
         self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
         if self.stage not in self.here.config.stages:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")
         self.view = self.here.view(view or self.here.config[self.stage].get("view", "full"))
         self.encoder, self.pool = run.chosen_encoder(self.here, self.settings.encoder, self.settings.pool)
+        self.decode_seconds = decode_seconds or DEFAULT_LIMITS.decode_seconds
         self._hashes: dict[tuple, str] = {}
 
     @functools.cached_property
@@ -143,9 +138,9 @@ class Archive:
     # ---------------------------------------------------------------- index
 
     def index(
-        self, places: Iterable, *, workers: int = 2, tokens: str = "keep",
+        self, places: Iterable | Found, *, workers: int = 2, tokens: str = "keep",
         progress: Callable[[int, int, Indexed], None] | None = None, report: Callable[[str, str], None] | None = None,
-        stop: Callable[[], bool] = lambda: False, read: Callable = read_frames,
+        stop: Callable[[], bool] = lambda: False, read: Callable | None = None,
     ) -> Indexed:  # fmt: skip
         """Adds the videos of files and folders; what cannot be read is in the result's `failed`.
 
@@ -153,36 +148,39 @@ class Archive:
         after half a minute at most: a killed run goes on from there.
 
         Args:
-          workers: threads that decode; at most workers + 1 decoded videos are held.
+          places: files and folders, or what `find_videos` found there.
+          workers: processes that decode; at most workers + 1 decoded videos are held.
           tokens: how they are stored, see `store.MemoryWriter`.
           progress: called with (done, total, so far); report: with (file, reason) of what cannot be read.
           stop: asked after every video.
-          read: called in place of `video.read_frames`, from the threads; e.g. to decode in other processes.
+          read: called, from threads, in place of decoding in child processes: `video.read_frames` or the like.
         """
         if self.folder is None:
             raise ConfigError("--memory=FOLDER is required: where the memory is kept")
         begun, done = time.monotonic(), Indexed()
-        files, done.failed = find_videos(places)
-        done.videos = total = len(files) + len(done.failed)
+        found = places if isinstance(places, Found) else find_videos(places)
+        done.videos, done.failed = found.total, dict(found.failed)
         for place, reason in done.failed.items():
             report and report(place, reason)
-        with store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens) as writer:
+        writer = store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens)
+        pool = sandbox.Pool(max(1, min(workers, len(found.files))), self.decode_seconds)
+        decode = functools.partial(self._decode, writer, read or pool.read_frames)
+        work = loader.decode_ahead(found.files, decode, workers)
+        with writer, contextlib.closing(work), pool:  # stopped, the pool ends first: no thread waits for a file then
             _record(self.folder, self.settings)
-            decode = functools.partial(self._decode, writer, read)
-            finished = len(done.failed)
-            for name, decoded, bad in loader.decode_ahead(files, decode, workers):
+            for finished, (name, decoded, bad) in enumerate(work, len(done.failed) + 1):
                 if bad is not None:
                     done.failed[name] = bad["reason"]
                     report and report(name, bad["reason"])
                 else:
                     self._add(writer, name, decoded, done)
-                finished, done.bytes = finished + 1, writer.bytes
+                done.bytes = writer.bytes
                 done.seconds = time.monotonic() - begun
                 if time.monotonic() - writer.flushed > FLUSH_SECONDS:
                     writer.flush()
-                progress and progress(finished, total, done)
+                progress and progress(finished, found.total, done)
                 if stop():
-                    done.stopped = finished < total
+                    done.stopped = finished < found.total
                     break
         done.seconds = time.monotonic() - begun
         return done
@@ -222,7 +220,7 @@ class Archive:
         if self.folder is None:
             if not video:
                 raise ConfigError("--video=FILE or --memory=FOLDER is required: what is the question about ?")
-            decoded = clock.once("decode", lambda: self.indexer.decode(video))
+            decoded = clock.once("decode", lambda: self.indexer.decode(video, read=self._read))
             entries = {video: clock.once("vision, events", lambda: self.indexer.encode(decoded))}
             clips = {video: decoded.clip}
             query = clock.once("embed question", lambda: self.answerer.embed(question))
@@ -237,7 +235,14 @@ class Archive:
 
     def clips(self, names: Iterable[str]) -> Mapping[str, Clip]:
         """The sampled frames of videos of the memory. VideoError where a file is gone."""
-        return {name: self.indexer.sampling.read(name) for name in names}
+        return {name: self.indexer.sampling.read(name, self._read) for name in names}
+
+    @functools.cached_property
+    def _read(self) -> Callable:
+        """`read_frames` in one child process, which ends with this object."""
+        pool = sandbox.Pool(1, self.decode_seconds)
+        weakref.finalize(self, pool.close)
+        return pool.read_frames
 
     def draw(self, path, answer: single.Answer) -> None:
         """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""
@@ -249,15 +254,15 @@ class Archive:
             for (name, entry), scores in zip(answer.entries.items(), answer.scores.values(), strict=True)
         }
         shown = [
-            timeline.Shown(e.video, e.number, e.begin, e.end, e.score, frame_jpeg(e.video, (e.begin + e.end) / 2))
+            timeline.Shown(
+                e.video, e.number, e.begin, e.end, e.score, frame_jpeg(e.video, (e.begin + e.end) / 2, self._read)
+            )
             for e in answer.events
         ]
         read = f"{answer.tokens} visual tokens of {answer.all_tokens}"
         note = f"{read}, first token after {1000 * answer.first_token:.1f} ms"
         text = timeline.page(answer.question, answer.text, tracks, shown, answer.seconds, note)
-        partial = Path(f"{path}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        files.write_whole(path, text)
 
     @functools.cached_property
     def reader(self) -> store.MemoryReader:
@@ -265,10 +270,10 @@ class Archive:
 
     def _contents(self) -> None:
         """Sees what was added since the last question. ConfigError where there is nothing."""
+        if lacking := _lacking(self.folder):
+            raise ConfigError(f"{lacking}; index videos first: python -m marc_jax.index")
         if self.reader.refresh():
             self.__dict__.pop("_table", None)
-        if not len(self.reader):
-            raise ConfigError(f"the memory {self.folder} is empty; index videos first: python -m marc_jax.index")
 
     def _named(self, name: str) -> str:
         """The id of a video given by its file: by name, or by content where it was indexed under another name."""
@@ -330,14 +335,15 @@ def _search(query_qd, emb_nd, mask_n, k):
     return retrieve.search(query_qd, emb_nd, k, mask_n=mask_n)
 
 
-def frame_jpeg(path, seconds: float, height: int = 180) -> bytes | None:
+def frame_jpeg(path, seconds: float, read: Callable = read_frames, height: int = 180) -> bytes | None:
     """The frame shown at a time as a small JPEG; None where the file is gone or cannot be read."""
-    small = lambda h, w: (min(h, height), max(1, round(w * min(h, height) / h)))  # noqa: E731
     try:
-        clip = read_frames(path, num_frames=1, start=seconds, resize=small)
+        frames = read(path, num_frames=1, start=seconds).frames[:1]
     except VideoError:
         return None
-    done, data = cv2.imencode(".jpg", clip.frames[0][..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    h, w = frames.shape[1:3]
+    small = patches.resize_frames(frames, min(h, height), max(1, round(w * min(h, height) / h)))
+    done, data = cv2.imencode(".jpg", small[0, :, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     return data.tobytes() if done else None
 
 
@@ -347,6 +353,13 @@ def _length(entry: store.MemoryEntry) -> float:
 
 def _values(settings: Settings) -> tuple:
     return dataclasses.astuple(settings)
+
+
+def _lacking(folder: Path) -> str | None:
+    """Why no question can be answered from there, if so."""
+    if not folder.is_dir():
+        return f"there is no memory {folder}"
+    return None if any(folder.glob(f"*{store.SUFFIX}")) else f"the memory {folder} is empty"
 
 
 def _recorded(folder: Path | None) -> Settings:
@@ -361,9 +374,6 @@ def _recorded(folder: Path | None) -> Settings:
 
 
 def _record(folder: Path, settings: Settings) -> None:
-    """Writes the settings beside the shards, all or nothing."""
-    if _recorded(folder) == settings:
-        return
-    partial = folder / f"{SETTINGS}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / SETTINGS)
+    """Writes the settings beside the shards."""
+    if _recorded(folder) != settings:
+        files.write_whole(folder / SETTINGS, json.dumps(dataclasses.asdict(settings), indent=1) + "\n")

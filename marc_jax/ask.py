@@ -21,9 +21,10 @@ flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stage
 flags.DEFINE_string("video", None, "Video file; default all of the memory.")
 flags.DEFINE_string("question", None, "The question.")
 flags.DEFINE_string("memory", None, "Folder of a memory.")
-flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: as the memory's.")
+flags.DEFINE_string("encoder", None, "PE-Core, SigLIP 2 or a run whose retriever embeds; default: as the memory's.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos; default: as the memory's.")
+flags.DEFINE_float("decode_seconds", None, "How long decoding a file may take, default 1800.", lower_bound=1)
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
 flags.DEFINE_string("picture", "ask.html", "Where the picture goes, .html or .png; empty: none.")
 flags.DEFINE_integer("repeat", 1, "How often the question is asked after it has been compiled.", lower_bound=1)
@@ -35,12 +36,14 @@ def main() -> None:
         raise configs.ConfigError("--question=TEXT and --memory=FOLDER or --video=FILE are required")
     if wanted.picture and Path(wanted.picture).suffix not in (".html", ".png"):
         raise configs.ConfigError(f"--picture={wanted.picture}: the name ends neither in .html nor in .png")
+    if wanted.picture and not Path(wanted.picture).absolute().parent.is_dir():
+        raise configs.ConfigError(f"--picture={wanted.picture}: there is no such folder")
 
     from marc_jax.archive import Archive
 
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
-        shots=wanted.shots or "", view=wanted.view or "",
+        shots=wanted.shots or "", view=wanted.view or "", decode_seconds=wanted.decode_seconds,
     )  # fmt: skip
     archive.ask(wanted.question, wanted.video)
     answers = [archive.ask(wanted.question, wanted.video) for _ in range(wanted.repeat)]

@@ -4,13 +4,16 @@
 
 Folders are searched for videos by the endings of their names. A video that is there already, unchanged, is skipped,
 whatever its name; one that cannot be read is reported, and the others go on. A run that was stopped or killed goes on
-with the same command. Events are embedded by the run's own retriever, or by PE-Core or SigLIP 2 (--encoder=FOLDER), and
-divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers which, so ask need not be told.
+with the same command. Events are embedded by the run's own retriever, or by PE-Core, SigLIP 2 or another run's
+retriever (--encoder=FOLDER), and divided without weights, or by TransNetV2 (--shots=FOLDER); the memory remembers
+which, so ask need not be told. Files are decoded in child processes: one that takes longer than --decode_seconds or
+kills its decoder has failed.
 
 Exit code: 0 all are in the memory, 1 some could not be read, 2 none could or the command is wrong, 130 or 143
 when stopped by Ctrl-C or SIGTERM.
 """
 
+import os
 import sys
 
 from absl import flags
@@ -19,11 +22,12 @@ from marc_jax import config as configs
 
 flags.DEFINE_string("checkpoint", None, "Folder of a run; default the one that the memory was made with.")
 flags.DEFINE_string("memory", None, "Folder of the memory; made if absent.")
-flags.DEFINE_string("encoder", None, "Folder of PE-Core or SigLIP 2 weights that embed; default: config.encoder.path.")
+flags.DEFINE_string("encoder", None, "PE-Core, SigLIP 2 or a run whose retriever embeds; default: config.encoder.path.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos (tools.convert_transnetv2).")
 flags.DEFINE_enum("tokens", "keep", ["keep", "float32", "bfloat16", "int8"], "How visual tokens are stored.")
-flags.DEFINE_integer("workers", 2, "Threads that decode; 0: none beside the main one.")
+flags.DEFINE_integer("workers", 2, "Processes that decode, ahead of the model; 0: one, when the model waits for it.")
+flags.DEFINE_float("decode_seconds", None, "How long decoding one file may take, default 1800.", lower_bound=1)
 flags.DEFINE_list("videos", [], "Video files or folders too, separated by commas.")
 
 
@@ -33,16 +37,17 @@ def main(arguments: list[str]) -> int:
     if not wanted.memory or not places:
         raise configs.ConfigError("VIDEO_OR_FOLDER... and --memory=FOLDER are required")
 
+    from data_pipelines.folders import find_videos
     from marc_jax import metrics
-    from marc_jax.archive import Archive, find_videos
+    from marc_jax.archive import Archive
     from marc_jax.interrupt import Interrupt
 
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
-        shots=wanted.shots or "",
+        shots=wanted.shots or "", decode_seconds=wanted.decode_seconds,
     )  # fmt: skip
-    total = sum(map(len, find_videos(places)))
-    with Interrupt() as interrupt, metrics.Progress("index", total) as bar:
+    found = find_videos(places)
+    with Interrupt() as interrupt, metrics.Progress("index", found.total) as bar:
 
         def progress(done, _, so_far):
             rate = so_far.frames / max(so_far.seconds, 1e-9)
@@ -52,7 +57,7 @@ def main(arguments: list[str]) -> int:
             print(f"error: {name}: {reason}", file=sys.stderr)
 
         done = archive.index(
-            places, workers=wanted.workers, tokens=wanted.tokens, progress=progress, report=report,
+            found, workers=wanted.workers, tokens=wanted.tokens, progress=progress, report=report,
             stop=interrupt.requested,
         )  # fmt: skip
         if done.stopped:
@@ -65,7 +70,9 @@ def main(arguments: list[str]) -> int:
 def summary(done, memory: str) -> str:
     """The last words: what is in the memory, how fast it came there, what it takes, what failed."""
     there = len(done.new) + len(done.same)
-    lines = [f"{there} of {done.videos} videos in {memory}: {len(done.new)} new, {len(done.same)} there before"]
+    copies = sum(video != os.path.realpath(name) for name, video in done.same.items())
+    counts = f"{len(done.new)} new, {len(done.same) - copies} there before, {copies} copies of others"
+    lines = [f"{there} of {done.videos} videos in {memory}: {counts}"]
     if done.new:
         hours = done.video_seconds / 3600
         size = f"{done.bytes / hours / 1e6:,.1f} MB per hour of video" if hours else f"{done.bytes} bytes"

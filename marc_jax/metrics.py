@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marc_jax import files
 from marc_jax.config import UserError
 
 _SHOWN = 8
@@ -179,12 +179,7 @@ def cut(path: pathlib.Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read(path) if line["step"] <= last_step]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Progress:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from marc_jax.guard import guard
@@ -110,8 +111,25 @@ def make(config, total_steps: int) -> optax.GradientTransformation:
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     chain.append(optax.scale_by_learning_rate(schedule(config, total_steps)))
-    tx = optax.chain(*chain)
+    tx = in_float32(optax.chain(*chain))
     return guard(tx, config.spike) if config.skip or config.spike else tx
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` computing in float32 whatever its state is kept in: moments have the dtype of their parameter.
+
+    In bfloat16 a decay of 0.999 is 1, and lr * g is lost before it reaches the parameter; between the casts, which the
+    compiler fuses into the update, both are what they say. Nothing changes where everything is float32.
+    """
+
+    def wide(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def update(grads, opt_state, params=None):
+        updates, new = tx.update(wide(grads), wide(opt_state), wide(params))
+        return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), new, opt_state)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def name(path: tuple) -> str:

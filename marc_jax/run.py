@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.synthetic import build, recompose
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, locks, metrics, optim, pretrained, sharding
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, sharding
 from marc_jax.batches import Prompter, Recomposer, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
@@ -130,7 +128,7 @@ class Run:
         """The training patches as uint8 "pixels", or as "features" of the (then frozen) vision tower of `params`."""
         if kind == "pixels":
             return self.pixels
-        name = indexer.tower_sha256(params)
+        name = encoders.tower_sha256(params)
         if name != self.tower:
             self.features = self.whole(tower_features(self.cfg, params, self.pixels, self.grid_hw))
             self.tower = name
@@ -194,8 +192,26 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
+def own_encoder(folder) -> encoders.SmallEncoder | None:
+    """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
+
+    Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
+    """
+    try:
+        if "stages" not in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
+            return None  # published weights have a config.json too
+    except (OSError, ValueError):
+        return None
+    there, _ = opened(folder)
+    params = there.parameters(there.config[there.retriever_stage].init)
+    queries = functools.partial(there.prompter.queries, length=there.sizes.question)
+    return encoders.SmallEncoder(there.cfg, params, there.retriever, there.config.data.size, queries)
+
+
 def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     """(encoder or None, pool): what --encoder and --pool say, else config.encoder; None is the run's own retriever.
+
+    --encoder is a folder of PE-Core or SigLIP 2, or of another run, whose retriever then embeds.
 
     Raises ConfigError: no weights there, another model, no tokenizer, an unknown pool.
     """
@@ -206,8 +222,8 @@ def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     if not path:
         return None, pool
     try:
-        return encoders.open_encoder(path, mesh=here.mesh), pool
-    except (WeightsError, TokenizerError) as e:
+        return own_encoder(path) or encoders.open_encoder(path, mesh=here.mesh), pool
+    except (ConfigError, WeightsError, TokenizerError) as e:
         raise ConfigError(f"--encoder: {e}") from None
 
 
@@ -270,9 +286,7 @@ def prepare(config, workdir: Path) -> Run:
             )  # fmt: skip
         except ValueError as e:
             raise ConfigError(f"config.data: {e}") from None
-    partial = workdir / f".tokenizer.{os.getpid()}.partial"  # other stages of this run may be reading it
-    shutil.copyfile(folder / "tokenizer.json", partial)
-    partial.replace(workdir / "tokenizer.json")
+    files.write_whole(workdir / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
     return run
@@ -340,7 +354,7 @@ def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
     if not errors:
         return
     path = run.workdir / "unreadable.jsonl"
-    path.write_text("".join(json.dumps(error) + "\n" for error in errors), encoding="utf-8")
+    files.write_whole(path, "".join(json.dumps(error) + "\n" for error in errors))
     line = f"{len(errors)} of {total} videos cannot be read (all in {path}); first: {errors[0]['reason']}"
     if len(errors) > 0.01 * total:
         raise ConfigError(line)

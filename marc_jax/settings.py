@@ -1,12 +1,12 @@
 """The keys of an experiment: defaults, what a file may set, and every check before anything compiles. No jax here."""
 
 import json
-import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from marc_jax import config as configs
+from marc_jax import files
 from marc_jax.config import ConfigError
 
 SELECT = ("all", "retrieve", "random", "none")
@@ -22,7 +22,7 @@ PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 def base() -> ConfigDict:
     """Every key outside the open groups (views, stages, eval.arms), with its default.
 
-    `encoder.path`: folder of PE-Core or SigLIP 2 weights for index and ask; empty: the run's own retriever.
+    `encoder.path`: folder of PE-Core, SigLIP 2 or another run's retriever for index and ask; empty: this run's own.
     `only` runs just these stages and no evaluation, so that independent stages can be separate jobs in one workdir.
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
@@ -242,8 +242,5 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
                 f"{path.parent} was started with another config (different: {', '.join(changed)}); "
                 "choose another --workdir, or remove it"
             )
-    if not write:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    if write:
+        files.write_whole(path, text)

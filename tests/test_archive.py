@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines import sandbox
 from data_pipelines.synthetic import build
 from data_pipelines.video import VideoError, read_frames
 from marc_jax import archive, checkpoint, optim, run, settings
@@ -71,12 +72,16 @@ def memory(place):
     return place / "memory"
 
 
-def start(repo, entry: str, *arguments):
+def python(repo, *arguments, **variables):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     return subprocess.run(
-        [sys.executable, "-m", f"marc_jax.{entry}", *map(str, arguments)], cwd=repo, capture_output=True, text=True,
-        env={**os.environ, "XLA_FLAGS": flags}, timeout=300,
+        [sys.executable, *map(str, arguments)], cwd=repo, capture_output=True, text=True,
+        env={**os.environ, "XLA_FLAGS": flags, **variables}, timeout=300,
     )  # fmt: skip
+
+
+def start(repo, entry: str, *arguments):
+    return python(repo, "-m", f"marc_jax.{entry}", *arguments)
 
 
 def videos(place) -> list[str]:
@@ -176,6 +181,50 @@ def test_files_may_be_read_by_somebody_else(place, tmp_path):
     assert done.failed == {videos(place)[0]: "took too long"} and done.new == [videos(place)[1]]
 
 
+@pytest.fixture
+def faulty(place, tmp_path):
+    """(good and bad files, the reason of each bad one) where decoders do what a file's name says, within 3 s."""
+    reasons = {
+        "hang.mp4": "decoding took longer than 3 s",
+        "segfault.mp4": "its decoder died (signal SIGSEGV)",
+        "exits.mp4": "its decoder died (exit code 3: the library gave up)",
+    }
+    bad = {str(shutil.copy(videos(place)[2], tmp_path / name)): reason for name, reason in reasons.items()}
+    return [list(bad)[0], videos(place)[0], *list(bad)[1:], videos(place)[1]], bad
+
+
+def test_a_decoder_that_hangs_or_dies_costs_only_its_file(place, memory, faulty, tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.Pool.__init__.__kwdefaults__, "decoder", "fake_decoders:read_or_fail")
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "data_pipelines")
+    files, bad = faulty
+    told = Archive(tmp_path / "memory", place / "run", decode_seconds=3)
+    done = told.index(files)
+    assert done.failed == bad and sorted(done.new) == videos(place)[:2] and not done.stopped
+    with pytest.raises(VideoError, match="segfault.mp4: its decoder died"):
+        Archive(None, place / "run", decode_seconds=3).ask(QUESTION, list(bad)[1])
+    for name in done.new:  # what the children decode is what this process does
+        kept, here = told.reader[name], Archive(memory).indexer.file(name)
+        assert all(getattr(kept, f).tobytes() == getattr(here, f).tobytes() for f in store.ARRAYS)
+    stopped = Archive(tmp_path / "other", place / "run").index(files, stop=lambda: True)
+    assert stopped.stopped  # without waiting the half hour that a file may take
+
+
+def test_index_says_what_hung_or_died_and_its_exit_code_too(repo, place, faulty, tmp_path):
+    files, bad = faulty
+    flags = [f"--memory={tmp_path / 'memory'}", f"--checkpoint={place / 'run'}", "--decode_seconds=3"]
+    code = (
+        "import data_pipelines.sandbox, marc_jax.index, marc_jax.config\n"
+        "data_pipelines.sandbox.Pool.__init__.__kwdefaults__['decoder'] = 'fake_decoders:read_or_fail'\n"
+        "marc_jax.config.run_main(marc_jax.index.main, arguments=True)"
+    )
+    folders = os.pathsep.join([*sys.path, str(repo / "tests" / "data_pipelines")])
+    got = python(repo, "-c", code, *files, *flags, PYTHONPATH=folders)
+    assert got.returncode == 1, got.stderr[-3000:]
+    assert "2 of 5 videos" in got.stdout and "3 failed:" in got.stdout
+    for name, reason in bad.items():
+        assert f"error: {name}: {reason}" in got.stderr and f"  {name}: {reason}" in got.stdout
+
+
 def test_stopping_leaves_what_was_done(place, tmp_path):
     archive = Archive(tmp_path / "memory", place / "run")
     calls = []
@@ -202,6 +251,24 @@ def test_shots_of_transnetv2_are_part_of_what_a_memory_is(place, tmp_path):
         Archive(None, place / "run", shots=str(tmp_path / "nowhere")).ask(QUESTION, name)
 
 
+def test_another_runs_retriever_embeds(place, memory, repo, tmp_path):
+    name = videos(place)[0]
+    own = Archive(memory).ask(QUESTION, name)
+    same = Archive(None, place / "run", encoder=str(place / "run")).ask(QUESTION, name)
+    assert same.text == own.text and [e.number for e in same.events] == [e.number for e in own.events]
+    np.testing.assert_allclose([e.score for e in same.events], [e.score for e in own.events], atol=1e-5)
+    other = str(write_run(place / "retriever", repo, seed=3))
+    Archive(tmp_path / "memory", place / "run", encoder=other).index([name])
+    told = Archive(tmp_path / "memory")
+    assert told.ask(QUESTION).text is not None and told.settings.encoder == other
+    os.unlink(tmp_path / "memory" / archive.SETTINGS)
+    with pytest.raises(store.StaleMemory, match="retriever: retriever 56px .* in the memory, [0-9a-f]{37}... wanted"):
+        Archive(tmp_path / "memory", place / "run").ask(QUESTION)
+    shutil.rmtree(place / "retriever" / "retriever")
+    with pytest.raises(ConfigError, match="--encoder: stage 'retriever' of .*retriever has not saved any"):
+        Archive(None, place / "run", encoder=other)
+
+
 def test_a_memory_of_another_model_is_refused(place, memory, repo):
     other = write_run(place / "other", repo, seed=7)
     for use in (lambda a: a.ask(QUESTION), lambda a: a.index(videos(place))):
@@ -214,16 +281,22 @@ def test_questions_that_cannot_be_answered_say_why(place, memory, tmp_path):
     with pytest.raises(ConfigError, match=r"the memory .* is empty; index videos first"):
         (tmp_path / "empty").mkdir()
         Archive(tmp_path / "empty", place / "run").ask(QUESTION)
-    with pytest.raises(store.StoreError, match="no such memory folder"):
+    with pytest.raises(ConfigError, match="there is no memory .*nothing; index videos first"):
         Archive(tmp_path / "nothing", place / "run").ask(QUESTION)
-    with pytest.raises(ConfigError, match="--checkpoint=FOLDER is required"):
-        Archive(tmp_path / "empty")
+    for name, why in (("nothing", "there is no memory"), ("empty", "the memory .*empty is empty")):
+        with pytest.raises(ConfigError, match=f"--checkpoint=FOLDER is required: .* \\({why}"):
+            Archive(tmp_path / name)
+    with pytest.raises(ConfigError, match="--memory=.*text.mp4: a file, not a folder"):
+        Archive(place / "videos" / "text.mp4", place / "run")
     with pytest.raises(ConfigError, match="does not hold .*notes.txt; add it with python -m marc_jax.index"):
         Archive(memory).ask(QUESTION, str(place / "videos" / "notes.txt"))
     with pytest.raises(ConfigError, match="looks at whole videos: name one with --video"):
         Archive(memory, view="full").ask(QUESTION)
     with pytest.raises(VideoError, match="text.mp4: a text file"):
         Archive(None, place / "run").ask(QUESTION, str(place / "videos" / "text.mp4"))
+    (tmp_path / "empty" / archive.SETTINGS).write_text('{"checkpoint": "/gone"}')
+    with pytest.raises(ConfigError, match="/gone: no run there .*empty was made with it: give --checkpoint=FOLDER"):
+        Archive(tmp_path / "empty")
     (tmp_path / "empty" / archive.SETTINGS).write_text("{")
     with pytest.raises(ConfigError, match="cannot be read .*; remove it and give --checkpoint"):
         Archive(tmp_path / "empty")
@@ -257,13 +330,6 @@ def test_the_pictures_of_an_archive(place, memory, tmp_path):
     asker.draw(tmp_path / "ask.png", answer)
     assert (tmp_path / "ask.png").stat().st_size > 10_000
     assert {path.name for path in tmp_path.iterdir()} == {"ask.html", "ask.png"}
-
-
-def test_folders_are_searched_and_files_counted_once(place):
-    found, failed = archive.find_videos([place / "videos", *videos(place), place / "run"])
-    inside = [pathlib.Path(name).name for name in videos(place)]
-    assert [pathlib.Path(name).name for name in found] == ["empty.MKV", "text.mp4", *inside]
-    assert list(failed) == [str(place / "run")] and "no video in this folder" in failed[str(place / "run")]
 
 
 def test_the_commands(place, repo, tmp_path):

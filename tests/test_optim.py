@@ -132,3 +132,19 @@ def test_abstract_state_has_the_shapes_of_create_and_moments_sharded_like_parame
     adam = next(s for s in abstract.opt_state if hasattr(s, "mu"))
     assert all(x.sharding == sharding for x in [*adam.mu.values(), *adam.nu.values()])
     assert adam.count.sharding.is_fully_replicated and abstract.key.sharding.is_fully_replicated
+
+
+def test_bfloat16_moments_decay_and_grow_as_their_float32_arithmetic_says():
+    """In bfloat16 itself a decay of 0.999 is 1: the second moment would only ever grow."""
+    tx = optim.make(optim.Config(learning_rate=1e-3, schedule="constant", clip_norm=0.0), 100)
+    params = {"kernel": jnp.linspace(-1, 1, 64, dtype=jnp.bfloat16)}
+    update = jax.jit(tx.update)
+    _, first = update({"kernel": jnp.ones(64, jnp.bfloat16)}, tx.init(params), params)
+    assert {x.dtype for x in jax.tree.leaves(first) if x.ndim} == {jnp.dtype(jnp.bfloat16)}
+    updates, second = update({"kernel": jnp.full(64, 2, jnp.bfloat16)}, first, params)
+    assert updates["kernel"].dtype == jnp.float32  # added to the parameter before it is rounded
+    m, v = 0.9 * 0.1 + 0.1 * 2, 0.999 * 0.001 + 0.001 * 4
+    want = -1e-3 * (m / (1 - 0.9**2)) / np.sqrt(v / (1 - 0.999**2))
+    np.testing.assert_allclose(updates["kernel"], want, rtol=2e-2)
+    nu = {x.dtype: x for x in jax.tree.leaves(second) if x.ndim and float(x[0]) < 0.1}[jnp.dtype(jnp.bfloat16)]
+    np.testing.assert_allclose(np.float32(nu), v, rtol=1e-2)

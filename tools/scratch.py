@@ -1,7 +1,6 @@
 """A folder that appears whole or not at all, also when the process that makes it is killed."""
 
 import contextlib
-import fcntl
 import pathlib
 import shutil
 import signal
@@ -9,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from marc_jax import locks
 from marc_jax.models.safetensors_io import WeightsError
 
 
@@ -27,11 +27,11 @@ def whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
         raise WeightsError(f"{out}: exists and is not empty")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch, lock = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.lock")
-    with _sigterm_is_an_exception(), open(lock, "w") as held:
+    with _sigterm_is_an_exception(), contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WeightsError(f"{out}: another process is writing it ({lock} is locked)") from None
+            stack.enter_context(locks.held(lock, str(out)))
+        except locks.LockedError as e:
+            raise WeightsError(str(e)) from None
         try:
             if scratch.exists():
                 print(f"removing {scratch}, left by a run that was killed", file=sys.stderr)

@@ -6,11 +6,12 @@ Colours are Okabe and Ito's, readable by colour-blind people, and every mark car
 import io
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from marc_jax import files
 
 LIGHT = {
     "name": "light", "fg": "#1c2733", "muted": "#66717e", "grid": "#e3e8ee", "bg": "#ffffff",
@@ -46,25 +47,12 @@ def figure(width: float, height: float, theme: Mapping):
     return fig
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file: all of it or nothing."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
 def save(fig, path: str | os.PathLike, dpi: int = 160) -> Path:
     """Writes the figure as PNG: all of it or nothing, byte for byte the same for the same figure."""
     path, png = Path(path), io.BytesIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(png, format="png", dpi=dpi, facecolor=fig.get_facecolor(), metadata={"Software": None})
-    write_whole(path, png.getvalue())
+    files.write_whole(path, png.getvalue())
     return path
 
 

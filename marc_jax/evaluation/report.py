@@ -33,6 +33,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from marc_jax import files
 from marc_jax.evaluation import html, plots, summary
 
 GROUPS = ("teacher", "baseline", "student")
@@ -78,15 +79,10 @@ def write(out: str | os.PathLike, results: Mapping) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     results, missing = _relative(results, out)
     figures = _figures(results, out)
-    write_text(out / "results.json", json.dumps(_finite(results), indent=1, ensure_ascii=False) + "\n")
-    write_text(out / "report.md", markdown(results, figures, missing))
-    write_text(out / "report.html", html.page(results, figures, missing, out))
+    files.write_whole(out / "results.json", json.dumps(_finite(results), indent=1, ensure_ascii=False) + "\n")
+    files.write_whole(out / "report.md", markdown(results, figures, missing))
+    files.write_whole(out / "report.html", html.page(results, figures, missing, out))
     return {"results": out / "results.json", "markdown": out / "report.md", "html": out / "report.html"}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    plots.write_whole(path, text.encode())
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

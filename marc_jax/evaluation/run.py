@@ -13,10 +13,10 @@ import numpy as np
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.sources import question_text
 from data_pipelines.video import VideoError
-from marc_jax import metrics
+from marc_jax import files, metrics
 from marc_jax.batches import STYLE, Sizes, Videos
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import judging, report
+from marc_jax.evaluation import judging
 from marc_jax.memory import embed, indexer, store
 from marc_jax.memory import view as views
 from marc_jax.rl import rollout, step
@@ -227,7 +227,7 @@ def write_predictions(folder: Path, arm: str, rows: list[dict]) -> Path:
     """One JSON line per question; the file appears whole."""
     path = Path(folder) / f"{arm}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+    files.write_whole(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
     return path
 
 

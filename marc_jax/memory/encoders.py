@@ -1,6 +1,7 @@
 """One interface to whatever embeds events and questions in one space: PE-Core, SigLIP 2, or a run's small retriever.
 
-    encoder = open_encoder("weights/pe-l14")               # PE-Core or SigLIP 2, from Orbax or safetensors
+    encoder = open_encoder("weights/pe-l14")               # PE-Core or SigLIP 2, from Orbax or safetensors; or a run's:
+    encoder = run.own_encoder("runs/retriever")            # marc_jax.run
     frames_td = encoder.embed_frames(frames)               # uint8 [T, H, W, 3] of any size -> unit vectors [T, D]
     texts_nd = encoder.embed_texts(["a red car"])          # unit vectors [N, D]
     events_ed = pool_frames(frames_td, spans)              # mean of an event's unit vectors, renormalised
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines import patches
 from marc_jax import checkpoint, sharding
 from marc_jax.clip_tokenizer import ClipTokenizer, SiglipTokenizer
 from marc_jax.memory import embed, store
@@ -83,6 +85,20 @@ def nearest_frames(event_emb: np.ndarray, query_d: np.ndarray) -> np.ndarray:
     return event_emb[np.arange(len(event_emb)), best_e]
 
 
+def in_chunks(run: Callable, rows: np.ndarray, chunk: int, size: Callable[[int], int] | None = None):
+    """run(rows) with at most `chunk` of N >= 1 rows at a time; what it returns, arrays [N, ...], in numpy.
+
+    A last chunk of n < chunk rows is padded by its last row to `chunk`, or to size(n).
+    """
+    parts = []
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        missing = (size(len(part)) if size else chunk) - len(part)
+        out = run(np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]))
+        parts.append([np.asarray(x)[: len(part)] for x in jax.tree.leaves(out)])
+    return jax.tree.unflatten(jax.tree.structure(out), [np.concatenate(x) for x in zip(*parts, strict=True)])
+
+
 class DualEncoder:
     """PE-Core or SigLIP 2. Frames and texts go through in chunks of one compiled shape."""
 
@@ -110,22 +126,38 @@ class DualEncoder:
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [T, D] of uint8 frames [T, H, W, 3] of any size."""
-        rows = range(0, len(frames), self.chunk)
-        parts = [self._chunk(self._images, squash(frames[i : i + self.chunk], self.cfg.image.size)) for i in rows]
-        return np.concatenate(parts) if parts else np.zeros((0, self.cfg.output), np.float32)
+        return self._embed(self._images, squash(frames, self.cfg.image.size))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, D]; a text longer than the model reads is cut as published."""
-        tokens_nl = self._tokenizer(list(texts))
-        parts = [self._chunk(self._texts, tokens_nl[i : i + self.chunk]) for i in range(0, len(texts), self.chunk)]
-        return np.concatenate(parts) if parts else np.zeros((0, self.cfg.output), np.float32)
+        return self._embed(self._texts, self._tokenizer(list(texts)))
 
-    def _chunk(self, run: Callable, rows: np.ndarray) -> np.ndarray:
-        """Rows padded to a power of two (one question needs no full chunk) that divides over the mesh."""
-        size = min(1 << (len(rows) - 1).bit_length(), self.chunk)
-        size = -(-size // self._ways) * self._ways
-        padded = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-        return np.asarray(run(self.params, self._place(padded)), np.float32)[: len(rows)]
+    def _embed(self, run: Callable, rows: np.ndarray) -> np.ndarray:
+        if not len(rows):
+            return np.zeros((0, self.cfg.output), np.float32)
+        return in_chunks(lambda x: run(self.params, self._place(x)), rows, self.chunk, self._padded)
+
+    def _padded(self, count: int) -> int:
+        """A power of two (one question needs no full chunk) that divides over the mesh."""
+        size = min(1 << (count - 1).bit_length(), self.chunk)
+        return -(-size // self._ways) * self._ways
+
+
+def tower_sha256(params: dict) -> str:
+    """Hash of what makes tower features: the vision tower's parameters without the merger."""
+    tower = {name: part for name, part in params["vision"].items() if name != "merger"}
+    return store.tree_sha256(jax.device_get(tower))
+
+
+def patch_encoder(cfg, grid_hw: tuple[int, int]) -> Callable:
+    """Compiled (params, retriever, uint8 pixel patches [T, n, 1176]) -> tower features [T, n, V], embeddings [T, D]."""
+
+    @jax.jit
+    def run(params, retriever, pixels_tnc):
+        features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), grid_hw)
+        return features, embed.embed_patches(retriever, features)
+
+    return run
 
 
 class SmallEncoder:
@@ -138,29 +170,17 @@ class SmallEncoder:
         params: of the Qwen2.5-VL whose tower the retriever was trained on; `size`: side of its square frames.
         queries: texts -> (tokens int32 [N, L], mask bool [N, L]), e.g. `batches.Prompter.queries`.
         """
-        from data_pipelines import patches
-
         self.params, self.retriever, self._queries, self._chunk = params, retriever, queries, chunk
         self._patches = lambda frames: patches.frames_to_pixel_patches(patches.resize_frames(frames, size, size))
-        self.fingerprint = store.tree_sha256(jax.device_get(retriever))
-        grid_hw = (size // patches.PATCH, size // patches.PATCH)
-
-        @jax.jit
-        def run(params, retriever, pixels_tnc):
-            features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), grid_hw)
-            return embed.embed_patches(retriever, features)
-
-        self._run, self._ask = run, jax.jit(lambda p, tokens, mask: embed.embed_questions(p, tokens, mask))
+        weights = f"{tower_sha256(params)} {store.tree_sha256(jax.device_get(retriever))}"
+        self.fingerprint = f"{self.name} {size}px {patches.RESIZE} {weights}"
+        self._run = patch_encoder(cfg, (size // patches.PATCH, size // patches.PATCH))
+        self._ask = jax.jit(embed.embed_questions)
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [T, D]; both frames of a temporal patch share theirs."""
-        pixels, n = self._patches(frames)[0], self._chunk
-        parts = []
-        for i in range(0, len(pixels), n):
-            part = pixels[i : i + n]
-            padded = np.concatenate([part, np.zeros((n - len(part), *part.shape[1:]), np.uint8)])
-            parts.append(np.asarray(self._run(self.params, self.retriever, padded))[: len(part)])
-        return np.repeat(np.concatenate(parts), 2, axis=0)[: len(frames)]
+        run = lambda x: self._run(self.params, self.retriever, x)[1]  # noqa: E731
+        return np.repeat(in_chunks(run, self._patches(frames)[0], self._chunk), 2, axis=0)[: len(frames)]
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, D]."""

@@ -11,11 +11,9 @@ import jax
 import numpy as np
 
 from data_pipelines import patches, video
-from marc_jax.memory import embed, events, store
-from marc_jax.memory.encoders import Encoder, pool_frames
+from marc_jax.memory import events, store
+from marc_jax.memory.encoders import Encoder, in_chunks, patch_encoder, pool_frames, tower_sha256
 from marc_jax.memory.shots import Shots
-from marc_jax.memory.view import normalise
-from marc_jax.models import qwen25_vl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +59,6 @@ class Decoded:
     full: np.ndarray | None = None
 
 
-def tower_sha256(params: dict) -> str:
-    """Hash of what makes tower features: the vision tower's parameters without the merger."""
-    tower = {name: part for name, part in params["vision"].items() if name != "merger"}
-    return store.tree_sha256(jax.device_get(tower))
-
-
 class Indexer:
     """Turns clips into memory entries with one model and one retriever; compiled once."""
 
@@ -90,23 +82,11 @@ class Indexer:
             segmenter=shots.fingerprint if shots else events.FINGERPRINT,
             pool=pool,
         )
-
-        @jax.jit
-        def run(params, retriever, pixels_tnc):
-            features = qwen25_vl.bind(cfg, params).vision_features(normalise(pixels_tnc), sampling.grid_hw)
-            return features, embed.embed_patches(retriever, features)
-
-        self._run = run
+        self._run = patch_encoder(cfg, sampling.grid_hw)
 
     def features(self, pixels_tnc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tower features [T, n, V] and patch embeddings [T, D] of uint8 pixel patches, in chunks of one shape."""
-        parts = []
-        for start in range(0, len(pixels_tnc), self.CHUNK):
-            part = pixels_tnc[start : start + self.CHUNK]
-            padded = np.zeros((self.CHUNK, *part.shape[1:]), np.uint8)
-            padded[: len(part)] = part
-            parts.append([np.asarray(x)[: len(part)] for x in self._run(self.params, self.retriever, padded)])
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+        return in_chunks(lambda x: self._run(self.params, self.retriever, x), pixels_tnc, self.CHUNK)
 
     def entry(
         self, clip: video.Clip, sha256: str, *, spans: list | None = None, full: np.ndarray | None = None
@@ -153,7 +133,10 @@ class Indexer:
         else:
             whole = self.sampling.read_full(path, read)
             clip, full = self.sampling.shrink(whole), whole.frames
-        spans = self.shots.spans(path, clip.seconds) if self.shots else events.segment(clip.frames, self.sampling.fps)
+        if self.shots:
+            spans = self.shots.spans(path, clip.seconds, read=read)
+        else:
+            spans = events.segment(clip.frames, self.sampling.fps)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
 
     def encode(self, decoded: Decoded) -> store.MemoryEntry:

@@ -7,6 +7,8 @@
 It sees cuts and gradual transitions, not changes inside one take: `memory.events` is the default.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -41,22 +43,25 @@ class Shots:
         tree, _ = checkpoint.restore(folder, {"params": transnetv2.abstract(cfg)}, steps[-1])
         return cls(cfg, tree["params"], threshold=threshold, batch=batch)
 
-    def borders(self, path) -> np.ndarray:
+    def borders(self, path, read: Callable = video.read_frames) -> np.ndarray:
         """float64 [E - 1, 3] in seconds: when each shot but the first begins, and its transition's first frame and end.
 
-        A gradual transition divides the shots at its middle; a cut is over when it begins.
+        A gradual transition divides the shots at its middle; a cut is over when it begins. `read` is called in place of
+        `video.read_frames`.
 
         Raises VideoError as `video.read_frames`.
         """
-        clip = video.read_frames(path, fps=None, resize=(self.cfg.height, self.cfg.columns))
+        clip = read(path, fps=None, resize=(self.cfg.height, self.cfg.columns))
         count = int(clip.index[-1]) + 1  # without the repeated last frame of an odd number
         one_hot, _ = transnetv2.predict(self.cfg, self.params, clip.frames[:count], batch=self.batch)
         scenes = transnetv2.scenes(one_hot, self.threshold)
         return clip.seconds[np.stack([middles(scenes), scenes[:-1, 1] + 1, scenes[1:, 0]], axis=1)]
 
-    def spans(self, path, seconds_f: np.ndarray, options: events.Options | None = None) -> list[tuple[int, int]]:
+    def spans(
+        self, path, seconds_f: np.ndarray, options: events.Options | None = None, read: Callable = video.read_frames
+    ) -> list[tuple[int, int]]:
         """Event spans [start, end) in temporal patches of frames shown at `seconds_f`; as `events.segment`."""
-        return spans_of_times(self.borders(path), seconds_f, options)
+        return spans_of_times(self.borders(path, read), seconds_f, options)
 
 
 def middles(scenes_e2: np.ndarray) -> np.ndarray:

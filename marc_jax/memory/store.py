@@ -38,6 +38,7 @@ from array_record.python import array_record_module
 
 VERSION = 2  # 1: one record per video, no content hashes in the index
 SUFFIX = ".arrayrecord"
+AGAIN = "index the videos again, into a new folder"
 
 
 class StoreError(Exception):
@@ -231,7 +232,7 @@ class MemoryReader:
             index = _index(shard, reader)
             found = Fingerprint(tuple((name, value) for name, value in index["fingerprint"]))
             if self.fingerprint is not None and found != self.fingerprint:
-                reason = f"made for something else ({self.fingerprint.differences(found)}); index the videos again"
+                reason = f"made by another model or other settings ({self.fingerprint.differences(found)}); {AGAIN}"
                 raise StaleMemory(self.path, reason)
             self._shards[shard.name] = reader, index["videos"]
         if len(self._shards) == before:
@@ -290,13 +291,15 @@ def _open(path):
 
 
 def _index(path, reader) -> dict:
+    if not reader.num_records():
+        raise StoreError(path, "damaged or cut short; remove it and index its videos again")
     try:
         index = json.loads(reader.read([reader.num_records() - 1])[0])
         version = index["version"]
     except Exception as error:
         raise StoreError(path, f"the shard's index cannot be read: {error}") from error
     if version != VERSION:
-        raise StaleMemory(path, f"format version {version}, this program reads {VERSION}; index the videos again")
+        raise StaleMemory(path, f"format version {version}, this program reads {VERSION}; {AGAIN}")
     return index
 
 

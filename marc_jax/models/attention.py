@@ -44,6 +44,34 @@ def _cudnn(q, k, v, *, causal=False, lengths=None):
     return out[:, :length]
 
 
+def _cudnn_prefix(q_bgrnh, k_bgrkh, v_bgrkh, k_bpkh, v_bpkh, prefix_mask_bp):
+    """Flash attention of right-padded suffixes, each beside its own copy of the prefix's keys (few heads: megabytes).
+
+        keys:      prefix (masked)   own suffix       all suffixes have one mask, so it is [b, 1, r, p + r]; nothing is
+        query r:   1 1 1 1 0 0       1 1 1 0 0        computed twice, and only half of the last block in vain
+    """
+    b, g, r = q_bgrnh.shape[:3]
+    more = -prefix_mask_bp.shape[1] % 64
+
+    def rows(a_bgr):  # [b, g, r, ..] -> [b g, r', ..]
+        return _pad_axis1(a_bgr.reshape(b * g, *a_bgr.shape[2:]), -(-r // 64) * 64)
+
+    def keys(prefix, own):
+        prefix = jnp.pad(prefix, ((0, 0), (0, more), (0, 0), (0, 0)))
+        return jnp.concatenate([jnp.repeat(prefix, g, axis=0), rows(own)], axis=1)
+
+    q = rows(q_bgrnh)
+    ok_bp = jnp.pad(prefix_mask_bp, ((0, 0), (0, more)))
+    ok_bp = jnp.broadcast_to(ok_bp[:, None, None], (b, 1, q.shape[1], ok_bp.shape[1]))
+    causal_rr = jnp.broadcast_to(jnp.tri(q.shape[1], dtype=bool), (b, 1, q.shape[1], q.shape[1]))
+    mask = jnp.concatenate([ok_bp, causal_rr], axis=-1)
+    mask = mask if b == 1 else jnp.repeat(mask, g, axis=0)
+    out = jax.nn.dot_product_attention(
+        q, keys(k_bpkh, k_bgrkh), keys(v_bpkh, v_bgrkh), mask=mask, implementation="cudnn"
+    )
+    return out[:, :r].reshape(q_bgrnh.shape)
+
+
 def _products(q_bkgxh, own_bkgrh, prefix_bkph, ok_bgxr, ok_bp):
     """Masked scores of queries (scaled) with their own block of keys and, if any, the prefix's; float32."""
     own = jnp.einsum("bkgxh,bkgrh->bkgxr", q_bkgxh, own_bkgrh, preferred_element_type=jnp.float32)
@@ -165,8 +193,11 @@ def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_ma
         query r:   1 1 1 1 0 0                1 1 1 0 0
 
     The prefix block is one matmul per (prompt, key head) whose rows are all G x R queries: the prefix is read once,
-    never repeated G times. The blocks share one maximum and one sum.
+    never repeated G times. The blocks share one maximum and one sum. The cudnn backend needs right-padded
+    suffixes, where their mask changes no real token's result; xla and splash take any mask.
     """
+    if backend(impl, q_bgrnh.dtype) == "cudnn":
+        return _cudnn_prefix(q_bgrnh, k_bgrkh, v_bgrkh, k_bpkh, v_bpkh, prefix_mask_bp)
     if backend(impl, q_bgrnh.dtype) == "splash":
         return splash.prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp)
     kv, r = k_bpkh.shape[2], q_bgrnh.shape[2]

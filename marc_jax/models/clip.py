@@ -193,6 +193,26 @@ class AttentionPool(nnx.Module):
         return y_bw + self.mlp(self.norm(y_bw))
 
 
+class TwoTowers(nnx.Module):
+    """An image and a text tower over one space; `scale()` times the cosine is a pair's logit."""
+
+    def __init__(self, image: nnx.Module, text: nnx.Module):
+        self.image, self.text = image, text
+        self.logit_scale = _param((), (), (), "zeros")
+
+    def embed_images(self, pixels_bhwc: jax.Array) -> jax.Array:
+        """[B, D], not normalised, of uint8 [B, H, W, 3] (or pixels already in [-1, 1])."""
+        return self.image(normalise(pixels_bhwc) if pixels_bhwc.dtype == jnp.uint8 else pixels_bhwc)
+
+    def embed_texts(self, tokens_bl: jax.Array) -> jax.Array:
+        """[B, D], not normalised, of token ids [B, L]; the text tower says which L."""
+        return self.text(tokens_bl)
+
+    def scale(self) -> jax.Array:
+        """What cosine similarities are multiplied by."""
+        return jnp.exp(self.logit_scale[...])
+
+
 def normalise(pixels: jax.Array) -> jax.Array:
     """uint8 [..., 3] -> float32 in [-1, 1]: mean and standard deviation are 0.5 in both families."""
     return (pixels.astype(jnp.float32) / 255 - 0.5) / 0.5

@@ -13,7 +13,7 @@ from flax import nnx
 
 from marc_jax.models import attention, cache, packed, rope
 from marc_jax.models.cache import KV
-from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, maybe_remat, stack_of
+from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, kept, maybe_remat, stack_of
 from marc_jax.models.packed import Packed, rows_at
 
 
@@ -71,8 +71,8 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x, cos, sin, attend):
         """attend(q, k, v) -> [..., n, h]; returns the new activations and this layer's (k, v)."""
-        q, k, v = self.attn.qkv(self.norm1(x), cos, sin)
-        x = x + self.attn.out(attend(q, k, v))
+        q, k, v = (kept(a) for a in self.attn.qkv(self.norm1(x), cos, sin))
+        x = kept(x + self.attn.out(attend(q, k, v)))
         return x + self.mlp(self.norm2(x)), (k, v)
 
 
@@ -152,6 +152,25 @@ class Decoder(nnx.Module):
 
         x, k, v = self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())
         return x if at_b is None else rows_at(x, at_b), KV(k, v)
+
+    def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
+        """`prefill` and `extend` as one pass over the layers: ([B, D] of the prompts at `at_b`, [B, G, R, D]).
+
+        Every matrix sees the tokens of prompts and suffixes in one product and is read, and its gradient written, once.
+        """
+        b, g, r, d = x_bgrd.shape
+        p, impl = x_bpd.shape[1], self.runtime.attention
+
+        def attend(q, k, v, _):
+            prompts = [a[:, :p] for a in (q, k, v)]
+            suffixes = [a[:, p:].reshape(b, g, r, *a.shape[2:]) for a in (q, k, v)]
+            first = attention.causal(*prompts, mask_bp, impl)
+            rest = attention.prefix_causal(*suffixes, mask_bgr, *prompts[1:], mask_bp, impl)
+            return jnp.concatenate([first, rest.reshape(b, g * r, *rest.shape[3:])], axis=1)
+
+        x = jnp.concatenate([x_bpd, x_bgrd.reshape(b, g * r, d)], axis=1).astype(self.runtime.dtype)
+        x = self._run(x, jnp.concatenate([pos_3bp, pos_3bgr.reshape(3, b, g * r)], axis=2), attend, ())[0]
+        return rows_at(x, at_b), x[:, p:].reshape(b, g, r, d)
 
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         def attend(q, k, v, mine):

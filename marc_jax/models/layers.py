@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Runtime:
 
     dtype: Any = jnp.float32
     attention: str = "auto"
-    remat: bool = False
+    remat: bool | str = False
 
 
 def _param(stack: tuple[int, ...], shape, axes, init="normal", units=None) -> nnx.Param:
@@ -96,17 +97,25 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale along the last axis, in x's dtype.
+
+    Statistics in float32, cast back, then times the scale (the reference's order of rounding).
+    """
+    x32 = x.astype(jnp.float32)
+    inv = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return (x32 * inv).astype(x.dtype) * scale.astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """Statistics in float32, cast back, then times the scale (the reference's order of rounding)."""
+    """`rms_norm` with a learned scale."""
 
     def __init__(self, size: int, eps: float, stack=()):
         self.scale = _param(stack, (size,), (None,), "ones")
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        inv = jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-        return (x32 * inv).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class SwiGLU(nnx.Module):
@@ -129,6 +138,34 @@ def stack_of(module: nnx.Module) -> tuple[Callable[[Any], nnx.Module], Any]:
     return functools.partial(nnx.merge, graphdef), nnx.to_pure_dict(state)
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what remat "attention" saves: without these arrays, as wide as the model, attention would be done again."""
+    return checkpoint_name(x, "attention")
+
+
+def _kernels(primitive, *_, **__) -> bool:
+    """Saves what a flash attention kernel gave: its output and the log-sum-exp that its backward pass starts from."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_both = jax.checkpoint_policies.save_from_both_policies
+# What the backward pass finds instead of computing it again, by name; a layer's input is always kept.
+REMAT = {
+    "layer": None,
+    "attention": _both(_kernels, jax.checkpoint_policies.save_only_these_names("attention")),
+    "products": _both(_kernels, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
 def maybe_remat(body: Callable, runtime: Runtime) -> Callable:
-    """Wraps a scan body so that the backward pass recomputes it; `prevent_cse` is not needed under scan."""
-    return jax.checkpoint(body, prevent_cse=False) if runtime.remat else body
+    """Wraps a scan body so that the backward pass recomputes it; `prevent_cse` is not needed under scan.
+
+    Raises:
+      ValueError: `runtime.remat` names no policy.
+    """
+    if not runtime.remat:
+        return body
+    name = "layer" if runtime.remat is True else runtime.remat
+    if name not in REMAT:
+        raise ValueError(f"remat={name!r}: choose True, False or one of {', '.join(REMAT)}")
+    return jax.checkpoint(body, prevent_cse=False, policy=REMAT[name])

@@ -13,6 +13,9 @@ from flax import nnx
 
 from marc_jax.models import attention, cache, hopper, rope
 from marc_jax.models.cache import KV
+from marc_jax.models.hopper import attention as step
+from marc_jax.models.hopper import stream
+from marc_jax.models.layers import rms_norm
 
 SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side
 
@@ -81,10 +84,10 @@ def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
 def project(x_mk: jax.Array, w: Matrix) -> jax.Array:
     """x @ w.T [M, N]: float32 for a few rows (sums not yet rounded), x's dtype for many (half the bytes to write)."""
     (m, k), n = x_mk.shape, w.values.shape[0]
-    if _streams(x_mk.dtype) and hopper.plan(m, n, k, w.values.dtype.itemsize):
-        y = hopper.stream(x_mk, w.values).sum(0)
+    if _streams(x_mk.dtype) and stream.plan(m, n, k, w.values.dtype.itemsize):
+        y = stream.matmul(x_mk, w.values).sum(0)
     else:
-        out = jnp.float32 if m <= hopper.MAX_ROWS else x_mk.dtype
+        out = jnp.float32 if m <= stream.MAX_ROWS else x_mk.dtype
         contract = (((1,), (1,)), ((), ()))
         y = jax.lax.dot_general(x_mk, w.values.astype(x_mk.dtype), contract, preferred_element_type=out)
     return y if w.scale is None else y * w.scale
@@ -93,29 +96,24 @@ def project(x_mk: jax.Array, w: Matrix) -> jax.Array:
 def add_norm(x_md: jax.Array, y_mk: jax.Array, w: Matrix, scale_d: jax.Array, eps: float):
     """(x + y @ w.T, its RMSNorm), both in x's dtype [M, D]."""
     n, k = w.values.shape
-    if _streams(x_md.dtype) and w.scale is None and n % 512 == 0 and hopper.plan(len(y_mk), n, k):
-        return hopper.add_norm(x_md, hopper.stream(y_mk, w.values), scale_d, eps)
+    if _streams(x_md.dtype) and w.scale is None and n % 512 == 0 and stream.plan(len(y_mk), n, k):
+        return stream.add_norm(x_md, stream.matmul(y_mk, w.values), scale_d, eps)
     x_md = x_md + project(y_mk, w).astype(x_md.dtype)
-    return x_md, _norm(x_md, scale_d, eps)
+    return x_md, rms_norm(x_md, scale_d, eps)
 
 
 def glu(x_mk: jax.Array, w: Matrix) -> jax.Array:
     """silu(x @ gate.T) * (x @ up.T) in x's dtype, [M, N / 2], of w = [gate; up]."""
     (m, k), n = x_mk.shape, w.values.shape[0]
-    plan = hopper.plan(m, n, k) if _streams(x_mk.dtype) and w.scale is None and n % (2 * hopper.TILE) == 0 else None
-    if plan and plan[0] == 1:
-        return hopper.stream(x_mk, w.values, glu=True)
+    plan = stream.plan(m, n, k) if _streams(x_mk.dtype) and w.scale is None and n % (2 * stream.TILE) == 0 else None
+    if plan and plan.pieces == 1:
+        return stream.glu(x_mk, w.values)
     gate, up = jnp.split(project(x_mk, w).astype(x_mk.dtype), 2, axis=1)
     return jax.nn.silu(gate) * up
 
 
 def _streams(dtype) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and hopper.available()
-
-
-def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * scale
 
 
 class Packed(nnx.Module):
@@ -138,13 +136,13 @@ class Packed(nnx.Module):
 
     def empty_cache(self, b: int, g: int, r: int, dtype=None) -> KV:
         c = self.cfg
-        r = -(-r // hopper.KEYS) * hopper.KEYS if self._fused(0) else r
+        r = -(-r // step.KEYS) * step.KEYS if self._fused(0) else r
         return cache.empty(c.num_layers, b, g, r, c.num_kv_heads, c.head_dim, dtype or self.runtime.dtype)
 
     def _fused(self, p: int) -> bool:
         """Whether attention runs in the streaming kernel: Hopper, bfloat16, heads of 128, whole groups of 8 keys."""
-        heads = hopper.padded_heads(self.cfg.num_heads // self.cfg.num_kv_heads)
-        return _streams(self.runtime.dtype) and self.cfg.head_dim == 128 and heads <= hopper.QUERIES and p % 8 == 0
+        heads = step.padded_heads(self.cfg.num_heads // self.cfg.num_kv_heads)
+        return _streams(self.runtime.dtype) and self.cfg.head_dim == 128 and heads <= step.QUERIES and p % 8 == 0
 
     def prefill(self, x_bld, pos_3bl, mask_bl, at_b=None) -> tuple[jax.Array, KV]:
         """Normed hidden states [B, L, D] (or [B, D], of positions `at_b`) and the cache [layers, B, L, kv, hd]."""
@@ -167,7 +165,7 @@ class Packed(nnx.Module):
         index = jnp.asarray(index, jnp.int32)
         fused = self._fused(prefix.k.shape[2])
         if fused:
-            bias = hopper.key_bias(prefix_mask_bp, index, past.k.shape[4])
+            bias = step.key_bias(prefix_mask_bp, index, past.k.shape[4])
         else:
             prefix = jax.tree.map(lambda a: a.swapaxes(2, 3), prefix)
 
@@ -175,9 +173,9 @@ class Packed(nnx.Module):
             heads = heads_mjh[: b * g].reshape(b, g, -1, self.cfg.head_dim)
             if fused:
                 at, group = (jnp.full(1, i, jnp.int32), index.reshape(1)), self.cfg.num_heads // self.cfg.num_kv_heads
-                rows = hopper.step_rows(*self._split(heads))
-                parts = hopper.partial_attention(rows, prefix, past, *at, bias, heads=group, spread=SPREAD)
-                out = hopper.join(parts, g, group).astype(heads.dtype)
+                rows = step.step_rows(*self._split(heads))
+                parts = step.partial_attention(rows, prefix, past, *at, bias, heads=group, spread=SPREAD)
+                out = step.join(parts, g, group).astype(heads.dtype)
             else:
                 keys = (past.k[i], past.v[i], index, prefix.k[i], prefix.v[i], prefix_mask_bp)
                 out = attention.prefix_step(*self._split(heads), *keys)
@@ -203,7 +201,7 @@ class Packed(nnx.Module):
         c, dtype = self.cfg, self.runtime.dtype
         x, turn = x_md.astype(dtype), self._rotation(pos_3m, query_scale)
         layers, keys, values = self.tree["layers"], [], []
-        y = _norm(x, layers[0]["norm1"], c.rms_norm_eps)
+        y = rms_norm(x, layers[0]["norm1"], c.rms_norm_eps)
         for i, w in enumerate(layers):
             last = i + 1 == len(layers)
             norm = self.tree["norm"] if last else layers[i + 1]["norm1"]
@@ -244,4 +242,4 @@ def rows_at(x_bld: jax.Array, at_b: jax.Array) -> jax.Array:
 
 def _pad_rows(x_md: jax.Array) -> jax.Array:
     """Rows up to a multiple of 8 (zeros): the tensor core's smallest side, and XLA is faster with 8 than with 1."""
-    return jnp.pad(x_md, ((0, -len(x_md) % hopper.ROWS), (0, 0)))
+    return jnp.pad(x_md, ((0, -len(x_md) % stream.ROWS), (0, 0)))

@@ -113,20 +113,11 @@ class TextTower(nnx.Module):
         return self.proj(jnp.take_along_axis(x, end_b[:, None, None], axis=1)[:, 0])
 
 
-class PerceptionEncoder(nnx.Module):
+class PerceptionEncoder(clip.TwoTowers):
     """The model; made by `bind`."""
 
     def __init__(self, cfg: Config, runtime: Runtime):
-        self.image, self.text = ImageTower(cfg, runtime), TextTower(cfg, runtime)
-        self.logit_scale = _param((), (), (), "zeros")
-
-    def embed_images(self, pixels_bhwc: jax.Array) -> jax.Array:
-        """[B, D], not normalised, of uint8 [B, H, W, 3] (or pixels already in [-1, 1])."""
-        return self.image(clip.normalise(pixels_bhwc) if pixels_bhwc.dtype == jnp.uint8 else pixels_bhwc)
-
-    def embed_texts(self, tokens_bl: jax.Array) -> jax.Array:
-        """[B, D], not normalised, of token ids [B, L]."""
-        return self.text(tokens_bl)
+        super().__init__(ImageTower(cfg, runtime), TextTower(cfg, runtime))
 
     def embed_videos(self, pixels_bthwc: jax.Array, normalise_frames: bool = False) -> jax.Array:
         """[B, D], the mean over frames of their embeddings, each normalised before if asked.
@@ -136,10 +127,6 @@ class PerceptionEncoder(nnx.Module):
         b, t = pixels_bthwc.shape[:2]
         emb_btd = self.embed_images(pixels_bthwc.reshape(b * t, *pixels_bthwc.shape[2:])).reshape(b, t, -1)
         return (clip.unit(emb_btd) if normalise_frames else emb_btd).mean(1)
-
-    def scale(self) -> jax.Array:
-        """What cosine similarities are multiplied by."""
-        return jnp.exp(self.logit_scale[...])
 
 
 def describe(cfg: Config) -> dict:

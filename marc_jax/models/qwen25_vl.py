@@ -238,9 +238,11 @@ class Qwen25VL(nnx.Module):
 
     def embed(self, tokens_bl: jax.Array, vis_bnd=None, vis_index_bl=None) -> jax.Array:
         """Input rows [..., D]: the token's embedding, or row `vis_index` of the prompt's visual tokens where >= 0."""
-        x = self.text.rows(tokens_bl)
         if vis_bnd is None:
-            return x
+            return self.text.rows(tokens_bl)
+        # Any row will do where a visual token goes; different ones, because the embedding's gradient is a scatter, and
+        # thousands of equal placeholders would queue at one row.
+        x = self.text.rows(jnp.where(vis_index_bl >= 0, vis_index_bl % self.cfg.text.vocab_size, tokens_bl))
         rows = jnp.take_along_axis(vis_bnd.astype(x.dtype), jnp.maximum(vis_index_bl, 0)[..., None], axis=1)
         return jnp.where((vis_index_bl >= 0)[..., None], rows, x)
 
@@ -250,6 +252,10 @@ class Qwen25VL(nnx.Module):
         With `at_b` (int [B]) only the hidden states [B, D] of those positions.
         """
         return self.text.prefill(x_bld, pos_3bl, mask_bl, at_b)
+
+    def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
+        """Right-padded prompts and their teacher-forced suffixes in one pass: `prefill` at `at_b`, then `extend`."""
+        return self.text.prefill_group(x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr)
 
     def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
         """Teacher-forced suffixes: each (b, g) sees its prompt's prefix and its own causal past. -> [B, G, R, D]."""
@@ -285,14 +291,16 @@ def describe(cfg: Config) -> dict:
     return _rename(trees.skeleton(Qwen25VL, cfg, Runtime())[1], "visual", "vision")
 
 
-def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto", remat: bool = False) -> Qwen25VL:
+def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto",
+         remat: bool | str = False) -> Qwen25VL:
     """The model over these parameters; cheap, made for use inside jit.
 
     Args:
       params: nested dict as `init` returns it, or packed for decoding (`pack`); cast to `dtype` where used.
       dtype: activation dtype.
       attention: "auto", "xla", "cudnn" or "splash".
-      remat: recompute each layer in the backward pass.
+      remat: recompute each layer in the backward pass: True or "layer" from its input alone; "attention" keeps all
+        around attention (a GPU's flash kernels included), "products" every matrix product (near the memory of False).
     """
     runtime = Runtime(jnp.dtype(dtype), attention, remat)
     graphdef, _ = trees.skeleton(Qwen25VL, cfg, runtime)

@@ -85,25 +85,12 @@ class TextTower(nnx.Module):
         return self.head(x[:, -1])
 
 
-class SigLIP2(nnx.Module):
+class SigLIP2(clip.TwoTowers):
     """The model; made by `bind`. Score of a pair: scale() * cosine + logit_bias."""
 
     def __init__(self, cfg: Config, runtime: Runtime):
-        self.image, self.text = ImageTower(cfg, runtime), TextTower(cfg, runtime)
-        self.logit_scale = _param((), (), (), "zeros")
+        super().__init__(ImageTower(cfg, runtime), TextTower(cfg, runtime))
         self.logit_bias = _param((), (), (), "zeros")
-
-    def embed_images(self, pixels_bhwc: jax.Array) -> jax.Array:
-        """[B, D], not normalised, of uint8 [B, H, W, 3] (or pixels already in [-1, 1])."""
-        return self.image(clip.normalise(pixels_bhwc) if pixels_bhwc.dtype == jnp.uint8 else pixels_bhwc)
-
-    def embed_texts(self, tokens_bl: jax.Array) -> jax.Array:
-        """[B, D], not normalised, of token ids [B, context], padded."""
-        return self.text(tokens_bl)
-
-    def scale(self) -> jax.Array:
-        """What cosine similarities are multiplied by."""
-        return jnp.exp(self.logit_scale[...])
 
 
 def describe(cfg: Config) -> dict:

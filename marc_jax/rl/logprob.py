@@ -4,6 +4,8 @@ Positions are cut into chunks along the last (time) axis; a chunk's logits live 
 backward pass computes them again (jax.checkpoint). Leading axes stay whole, so their sharding does too.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,8 +29,9 @@ def logits(hidden: jax.Array, head_dv: jax.Array, temperature: float | jax.Array
     """Float32 [..., V] logits over temperature; banned tokens get -inf, so they have no probability at all."""
     z = jnp.einsum("...d,dv->...v", hidden, head_dv.astype(hidden.dtype), preferred_element_type=jnp.float32)
     z = z / jnp.asarray(temperature, jnp.float32)
-    if banned_ids:
-        z = z.at[..., jnp.asarray(banned_ids)].set(-jnp.inf)
+    if banned_ids:  # compared, not scattered: it stays part of whatever reads the logits
+        banned_v = (jnp.arange(z.shape[-1])[:, None] == jnp.asarray(banned_ids)).any(axis=1)
+        z = jnp.where(banned_v, -jnp.inf, z)
     return z
 
 
@@ -55,14 +58,60 @@ def chunked_logprob(hidden: jax.Array, head_dv: jax.Array, targets: jax.Array, c
       TokenStats; only the log-probability carries a gradient.
     """
 
-    def one(head_dv, hidden, targets):
-        logp_v = jax.nn.log_softmax(logits(hidden, head_dv, temperature, banned_ids))
-        logp = jnp.take_along_axis(logp_v, targets[..., None], axis=-1)[..., 0]
-        fixed_v = jax.lax.stop_gradient(logp_v)
-        hit = (fixed_v.argmax(axis=-1) == targets).astype(jnp.float32)
-        return TokenStats(logp, entropy(fixed_v), hit)
+    shape, vocab = targets.shape, head_dv.shape[-1]
+    head_dv, ways = _gathered(head_dv, hidden)
+    stats, _ = _stats(hidden, head_dv, targets, temperature, tuple(banned_ids), _chunk(chunk, shape, vocab, ways))
+    return TokenStats(*stats)
 
-    return _over_chunks(one, head_dv, (hidden, targets), targets.shape, head_dv.shape[-1], chunk)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _stats(hidden, head_dv, targets, temperature, banned_ids, chunk):
+    """((logp, entropy, hit), log-sum-exp), float32 like `targets`; only logp has a gradient.
+
+    The backward pass computes a chunk's logits again and turns them into d logits in one sweep, rounded to the dtype of
+    `hidden`: autodiff would multiply float32 by a float32 copy of the head, and scatter into zeros of their size.
+    """
+    half = head_dv.astype(hidden.dtype)  # once, not once per chunk
+
+    def one(hidden, targets):
+        z = logits(hidden, half, temperature, banned_ids)
+        top = z.max(axis=-1)
+        p = jnp.exp(z - top[..., None])
+        total = p.sum(axis=-1)
+        mean = (p * jnp.where(jnp.isfinite(z), z, 0.0)).sum(axis=-1) / total
+        lse = top + jnp.log(total)
+        chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+        return (chosen - lse, lse - mean, (chosen >= top).astype(jnp.float32)), lse
+
+    return _over_chunks(one, (hidden, targets), targets.ndim - 1, chunk)
+
+
+def _stats_forward(hidden, head_dv, targets, temperature, banned_ids, chunk):
+    stats, lse = _stats(hidden, head_dv, targets, temperature, banned_ids, chunk)
+    return (stats, lse), (hidden, head_dv, targets, temperature, lse)
+
+
+def _stats_backward(banned_ids, chunk, saved, d_out):
+    hidden, head_dv, targets, temperature, lse = saved
+    half, vocab = head_dv.astype(hidden.dtype), head_dv.shape[-1]
+
+    def one(d_head, block):
+        hidden, targets, lse, d_logp = block
+        p = jnp.exp(logits(hidden, half, temperature, banned_ids) - lse[..., None])
+        is_target = jnp.arange(vocab) == targets[..., None]
+        d_z = ((is_target - p) * (d_logp / temperature)[..., None]).astype(hidden.dtype)
+        d_hidden = jnp.einsum("...v,dv->...d", d_z, half)
+        rows = [x.reshape(-1, x.shape[-1]) for x in (hidden, d_z)]
+        return d_head + jnp.einsum("nd,nv->dv", *rows, preferred_element_type=jnp.float32), d_hidden
+
+    axis, length = targets.ndim - 1, targets.shape[-1]
+    zeros = jnp.zeros(head_dv.shape, jnp.float32)
+    blocks = _split((hidden, targets, lse, d_out[0][0]), axis, chunk)
+    d_head, d_hidden = jax.lax.scan(one, zeros, blocks)
+    return _joined(d_hidden, axis, length), d_head.astype(head_dv.dtype), None, None
+
+
+_stats.defvjp(_stats_forward, _stats_backward)
 
 
 def divergence(student_v: jax.Array, teacher_v: jax.Array, kind: str = "reverse", mix: float = 0.5) -> jax.Array:
@@ -131,33 +180,46 @@ def chunked_divergence(student: jax.Array, student_head_dv: jax.Array, teacher: 
             student_v, teacher_v = top_k_and_tail(student_v, ids_k), top_k_and_tail(teacher_v, ids_k)
         return divergence(student_v, teacher_v, kind, mix), spread
 
-    heads = (student_head_dv, jax.lax.stop_gradient(teacher_head_dv))
-    teacher = jax.lax.stop_gradient(teacher)
-    return _over_chunks(one, heads, (student, teacher), student.shape[:-1], student_head_dv.shape[-1], chunk)
+    shape, vocab = student.shape[:-1], student_head_dv.shape[-1]
+    heads, ways = _gathered((student_head_dv, jax.lax.stop_gradient(teacher_head_dv)), student)
+    body = functools.partial(jax.checkpoint(one), heads)
+    chunk = _chunk(chunk, shape, vocab, ways)
+    return _over_chunks(body, (student, jax.lax.stop_gradient(teacher)), len(shape) - 1, chunk)
 
 
-def _over_chunks(one: Callable, heads, arrays: tuple, shape: tuple[int, ...], vocab: int, chunk: int | None):
-    """Maps `one(heads, *arrays)` over chunks of axis len(shape) - 1, with remat; a single chunk needs no loop."""
-    axis, length = len(shape) - 1, shape[-1]
-    heads, ways = _gathered(heads, arrays[0])
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
+def _chunk(chunk: int | None, shape: tuple[int, ...], vocab: int, ways: int) -> int:
+    """Positions of the last axis of `shape` whose logits exist at once, in blocks of equal length."""
+    rows = math.prod(shape[:-1])
     rows = rows // ways if len(shape) > 1 and shape[0] % ways == 0 else rows
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * vocab * max(1, rows)))
-    body = jax.checkpoint(one)
+    most = chunk or max(1, CHUNK_BYTES // (4 * vocab * max(1, rows)))
+    return -(-shape[-1] // -(-shape[-1] // most))
+
+
+def _split(arrays: tuple, axis: int, chunk: int) -> tuple:
+    """Each [..., R, *] -> [blocks, ..., chunk, *], R on `axis`, padded with zeros."""
+
+    def one(x):
+        blocks = -(-x.shape[axis] // chunk)
+        x = jnp.pad(x, [(0, blocks * chunk - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    return tuple(one(x) for x in arrays)
+
+
+def _joined(y: jax.Array, axis: int, length: int) -> jax.Array:
+    """The inverse of `_split`."""
+    y = jnp.moveaxis(y, 0, axis)
+    y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(y, 0, length, axis=axis)
+
+
+def _over_chunks(one: Callable, arrays: tuple, axis: int, chunk: int):
+    """`one(*arrays)` over chunks of `axis`; a single chunk needs no loop."""
+    length = arrays[0].shape[axis]
     if chunk >= length:
-        return body(heads, *arrays)
-    blocks = -(-length // chunk)
-
-    def split(x):  # [..., R, *] -> [blocks, ..., chunk, *]
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, blocks * chunk - length)
-        x = jnp.pad(x, widths).reshape(*x.shape[:axis], blocks, chunk, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    out = jax.lax.map(lambda block: body(heads, *block), tuple(split(x) for x in arrays))
-    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, axis).reshape(*shape[:-1], -1)[..., :length], out)
+        return one(*arrays)
+    out = jax.lax.map(lambda block: one(*block), _split(arrays, axis, chunk))
+    return jax.tree.map(lambda y: _joined(y, axis, length), out)
 
 
 def _gathered(heads, rows):

@@ -93,10 +93,14 @@ def rollout_keys(seed, step, sample_id_b: jax.Array, g: int) -> jax.Array:
 def prefill(model, vis_bnd: jax.Array | None, prompt: PromptBatch) -> Prefix:
     """Runs B prompts through the decoder once; gradients flow through it into the visual tokens."""
     prompt = closed_up(prompt)
-    x_bpd = model.embed(prompt.tokens_bp, vis_bnd, None if vis_bnd is None else prompt.vis_index_bp)
-    last_b = jnp.maximum(prompt.mask_bp.sum(axis=1) - 1, 0)
-    last_bd, cache = model.prefill(x_bpd, prompt.pos_3bp, prompt.mask_bp, last_b)
+    last_bd, cache = model.prefill(*_rows(model, vis_bnd, prompt))
     return Prefix(last_bd, cache, prompt.mask_bp, prompt.next_pos_b)
+
+
+def _rows(model, vis_bnd: jax.Array | None, prompt: PromptBatch):
+    """What the decoder reads of closed-up prompts: input rows, positions, mask, index of the last real token."""
+    x_bpd = model.embed(prompt.tokens_bp, vis_bnd, None if vis_bnd is None else prompt.vis_index_bp)
+    return x_bpd, prompt.pos_3bp, prompt.mask_bp, jnp.maximum(prompt.mask_bp.sum(axis=1) - 1, 0)
 
 
 def closed_up(prompt: PromptBatch) -> PromptBatch:
@@ -213,27 +217,34 @@ def sample(model, vis_bnd: jax.Array | None, prompt: PromptBatch, keys_bg: jax.A
     return decode(model, prefill(model, vis_bnd, prompt), keys_bg, how)
 
 
-def hidden_for(model, prefix: Prefix, tokens_bgr: jax.Array, mask_bgr: jax.Array) -> jax.Array:
-    """Hidden states [B, G, R, D]; the one at r predicts token r. Differentiable, also into the prefix.
+def hidden_states(model, vis_bnd: jax.Array | None, prompt: PromptBatch, tokens_bgr, mask_bgr) -> jax.Array:
+    """Hidden states [B, G, R, D]; the one at r predicts token r. Differentiable, also into the visual tokens.
 
-    The prompt's last hidden state predicts token 0, so only R - 1 suffix tokens run through the decoder.
+    A prompt and its G completions are one row of the forward and of the backward pass. The prompt's last hidden state
+    predicts token 0, and that of a completion's last token predicts nothing.
     """
+    prompt = closed_up(prompt)
     b, g, r = tokens_bgr.shape
-    first = jnp.broadcast_to(prefix.last_bd[:, None, None], (b, g, 1, prefix.last_bd.shape[-1]))
-    if r == 1:
-        return first
-    pos_bgr = jnp.broadcast_to(prefix.next_pos_b[:, None, None] + jnp.arange(r - 1), (b, g, r - 1))
-    rest = model.extend(
-        model.embed(tokens_bgr[..., :-1]), jnp.broadcast_to(pos_bgr[None], (3, b, g, r - 1)), mask_bgr[..., :-1],
-        prefix.cache, prefix.mask_bp,
+    pos_bgr = jnp.broadcast_to(prompt.next_pos_b[:, None, None] + jnp.arange(r), (b, g, r))
+    last_bd, hidden = model.prefill_group(
+        *_rows(model, vis_bnd, prompt), model.embed(tokens_bgr), jnp.broadcast_to(pos_bgr[None], (3, b, g, r)), mask_bgr
     )
-    return jnp.concatenate([first, rest], axis=2)
+    first = jnp.broadcast_to(last_bd[:, None, None], (b, g, 1, last_bd.shape[-1]))
+    return jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
 
 
-def score_prefix(model, prefix: Prefix, completions: Completions, *, temperature: float = 1.0,
-                 banned_ids: tuple[int, ...] = (), chunk: int | None = None) -> logprob.TokenStats:
-    """TokenStats [B, G, R] (log-probability, entropy, hit) of completions over prefilled prompts; 0 where masked."""
-    hidden = hidden_for(model, prefix, completions.tokens_bgr, completions.mask_bgr)
+def token_stats(model, vis_bnd: jax.Array | None, prompt: PromptBatch, completions: Completions, *,
+                temperature: float = 1.0, banned_ids: tuple[int, ...] = (), chunk: int | None = None,
+                ) -> logprob.TokenStats:
+    """TokenStats [B, G, R] (log-probability, entropy, hit) of completions; 0 where masked. Differentiable.
+
+    Args:
+      model, vis_bnd, prompt: as for `sample`.
+      completions: what was sampled.
+      temperature, banned_ids: of the distribution; pass the sampler's, so that the numbers are the sampler's.
+      chunk: positions per chunk of logits; None chooses by size.
+    """
+    hidden = hidden_states(model, vis_bnd, prompt, completions.tokens_bgr, completions.mask_bgr)
     # Padding may be a banned token: give it any other target, so that no -inf enters the backward pass.
     allowed = next(i for i in range(len(banned_ids) + 1) if i not in banned_ids)
     targets = jnp.where(completions.mask_bgr, completions.tokens_bgr, allowed)
@@ -243,15 +254,6 @@ def score_prefix(model, prefix: Prefix, completions: Completions, *, temperature
     return logprob.TokenStats(*(jnp.where(completions.mask_bgr, x, 0.0) for x in stats))
 
 
-def score(model, vis_bnd: jax.Array | None, prompt: PromptBatch, completions: Completions, *, temperature: float = 1.0,
-          banned_ids: tuple[int, ...] = (), chunk: int | None = None) -> jax.Array:
-    """Teacher-forced log-probabilities float32 [B, G, R]; 0 where masked. Differentiable.
-
-    Args:
-      model, vis_bnd, prompt: as for `sample`.
-      completions: what was sampled.
-      temperature, banned_ids: of the distribution; pass the sampler's, so that the numbers are the sampler's.
-      chunk: positions per chunk of logits; None chooses by size.
-    """
-    prefix = prefill(model, vis_bnd, prompt)
-    return score_prefix(model, prefix, completions, temperature=temperature, banned_ids=banned_ids, chunk=chunk).logp
+def score(model, vis_bnd: jax.Array | None, prompt: PromptBatch, completions: Completions, **how) -> jax.Array:
+    """Teacher-forced log-probabilities float32 [B, G, R] of `token_stats`."""
+    return token_stats(model, vis_bnd, prompt, completions, **how).logp

@@ -140,9 +140,8 @@ def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micr
 
     def objective(params, batch: SFTBatch):
         model = qwen25_vl.bind(cfg, params, **bind)
-        prefix = rollout.prefill(model, *encode(model, batch.visual, batch.prompt))
         target = Completions(batch.tokens_bgr, batch.mask_bgr, jnp.zeros(()))
-        stats = rollout.score_prefix(model, prefix, target, chunk=chunk)
+        stats = rollout.token_stats(model, *encode(model, batch.visual, batch.prompt), target, chunk=chunk)
         tokens = batch.train_bgr.sum()
         logp, hit, entropy = (jnp.where(batch.train_bgr, x, 0.0).sum() for x in (stats.logp, stats.hit, stats.entropy))
         return (-logp, tokens), {"mean_token_accuracy": (hit, tokens), "entropy": (entropy, tokens)}
@@ -209,26 +208,22 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
 
     def objective(params, batch: DistillBatch, teacher):
         done, mask_bgr = batch.completions, batch.completions.mask_bgr
-        student_model, teacher_model = (qwen25_vl.bind(cfg, p, **bind) for p in (params, teacher))
-        student = rollout.prefill(student_model, *encode(student_model, batch.visual, batch.prompt))
-        full = rollout.prefill(
-            teacher_model, *encode_teacher(teacher_model, batch.teacher_visual, batch.teacher_prompt)
-        )
+        model, judge = (qwen25_vl.bind(cfg, p, **bind) for p in (params, teacher))
+        seen = model, *encode(model, batch.visual, batch.prompt)
+        full = judge, *encode_teacher(judge, batch.teacher_visual, batch.teacher_prompt)
         tokens = mask_bgr.sum()
         stats = None
         if config.kind == "sampled":
             shape = {"temperature": how.score_temperature, "banned_ids": how.banned_ids, "chunk": chunk}
-            stats = rollout.score_prefix(student_model, student, done, **shape)
-            judged = rollout.score_prefix(teacher_model, full, done, **shape).logp
+            stats = rollout.token_stats(*seen, done, **shape)
+            judged = rollout.token_stats(*full, done, **shape).logp
             gap_bgr = jax.lax.stop_gradient(stats.logp - judged)
             value, spread, kl = (gap_bgr * stats.logp).sum(), stats.entropy, gap_bgr.sum()
         else:
-            hidden = (rollout.hidden_for(m, p, done.tokens_bgr, mask_bgr)
-                      for m, p in ((student_model, student), (teacher_model, full)))
-            student_h, teacher_h = hidden
+            student_h, teacher_h = (rollout.hidden_states(*who, done.tokens_bgr, mask_bgr) for who in (seen, full))
             kl_bgr, spread = logprob.chunked_divergence(
-                student_h, student_model.head(), teacher_h, teacher_model.head(), chunk, kind=config.kind,
-                mix=config.mix, top_k=config.top_k, temperature=how.score_temperature, banned_ids=how.banned_ids,
+                student_h, model.head(), teacher_h, judge.head(), chunk, kind=config.kind, mix=config.mix,
+                top_k=config.top_k, temperature=how.score_temperature, banned_ids=how.banned_ids,
             )
             value = kl = jnp.where(mask_bgr, kl_bgr, 0.0).sum()
             spread = jnp.where(mask_bgr, spread, 0.0)
@@ -242,9 +237,9 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
 
 
 def _token_stats(model, encode, prompt, visual, completions, how: Sampling, chunk) -> logprob.TokenStats:
-    prefix = rollout.prefill(model, *encode(model, visual, prompt))
-    return rollout.score_prefix(
-        model, prefix, completions, temperature=how.score_temperature, banned_ids=how.banned_ids, chunk=chunk
+    return rollout.token_stats(
+        model, *encode(model, visual, prompt), completions, temperature=how.score_temperature,
+        banned_ids=how.banned_ids, chunk=chunk,
     )
 
 
@@ -288,9 +283,10 @@ def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others
         grads, stacked = jax.lax.scan(add, zeros, parts)
         metrics = {k: (v[0].sum(), v[1].sum()) if isinstance(v, tuple) else v.max() for k, v in stacked.items()}
     count = jnp.maximum(metrics["loss"][1], 1)
-    grads = jax.tree.map(lambda g, x: (g / count).astype(x.dtype), grads, state.params)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    return state.apply(tx, grads, metrics["loss"][0] / count), metrics
+    scale = 1 / count.astype(jnp.float32)  # a product fuses into each of the gradient's readers, a quotient does not
+    grads = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), grads, state.params)
+    metrics["grad_norm"] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    return state.apply(tx, grads, metrics["loss"][0] * scale), metrics
 
 
 def split_batch(batch, n: int):

@@ -1,6 +1,7 @@
 """Decoders for the tests of the sandbox, chosen by the file's name: they hang, die, eat memory, leak."""
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
@@ -8,9 +9,17 @@ import time
 
 import numpy as np
 
-from data_pipelines.video import Clip, VideoError, VideoInfo
+from data_pipelines.patches import VideoBudget
+from data_pipelines.video import Clip, VideoError, VideoInfo, read_frames
 
 INFO = VideoInfo(8, 6, 25.0, 2, 0.08, "fake")
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnBudget(VideoBudget):
+    """A budget with a rule of its own."""
+
+    most: int = 9
 
 
 def decode(path, **sampling):
@@ -43,3 +52,9 @@ def decode(path, **sampling):
     if kind == "sampling":
         raise VideoError(path, repr(sampling))
     return Clip(np.full((2, 6, 8, 3), len(path), np.uint8), np.array([0.0, 0.04]), INFO, np.arange(2))
+
+
+def read_or_fail(path, **sampling):
+    """`read_frames`, but a file named hang, segfault or the like does what its name says."""
+    kind = os.path.basename(path).split(".")[0]
+    return (decode if kind in ("hang", "killed", "segfault", "exits") else read_frames)(path, **sampling)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -120,12 +121,11 @@ def square(path):
     return int(path[1:]) ** 2
 
 
-@pytest.mark.parametrize(("workers", "processes"), [(0, False), (3, False), (2, True)])
-def test_decode_many_keeps_order_and_collects_errors(workers, processes):
+@pytest.mark.parametrize("workers", [0, 3])
+def test_decode_many_keeps_order_and_collects_errors(workers):
     ticks = []
-    results, errors = loader.decode_many(
-        [f"v{i}" for i in range(6)], square, workers, processes=processes, progress=lambda *p: ticks.append(p)
-    )
+    paths = [f"v{i}" for i in range(6)]
+    results, errors = loader.decode_many(paths, square, workers, progress=lambda *p: ticks.append(p))
     assert results == [0, 1, None, 9, 16, 25] and errors == [{"row": 2, "path": "v2", "reason": "empty"}]
     assert ticks == [(i, 6) for i in range(1, 7)]
 
@@ -143,6 +143,17 @@ def test_decode_ahead_yields_all_and_holds_few(workers):
         assert len(begun) <= i + workers + 1
         seen[path] = bad["reason"] if bad else result
     assert seen == {f"v{i}": "empty" if i == 2 else i * i for i in range(20)}
+
+
+def test_work_ahead_waits_for_the_first_where_order_is_wanted():
+    later = threading.Event()
+
+    def work(i):
+        later.wait(60) if i == 0 else later.set()
+        return 10 * i
+
+    got = loader.work_ahead(range(4), work, 2, held=3, in_order=True)
+    assert list(got) == [(i, 10 * i) for i in range(4)]
 
 
 def test_decode_ahead_stops_at_a_bug_and_when_nobody_wants_more():

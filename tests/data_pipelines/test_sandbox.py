@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from fake_decoders import OwnBudget
 
 from data_pipelines import sandbox, video
 from data_pipelines.patches import VideoBudget, smart_resize
@@ -95,7 +96,7 @@ def test_workers_load_no_accelerator_code():
         pool.decode("modules.mp4")
 
 
-@pytest.mark.parametrize("resize", [None, (28, 56), VideoBudget(max_pixels=9999), smart_resize])
+@pytest.mark.parametrize("resize", [None, (28, 56), VideoBudget(max_pixels=9999), OwnBudget(most=8), smart_resize])
 def test_sampling_arrives_as_it_was_given(resize):
     sampling = {"fps": None, "start": 0.5, "resize": resize, "limits": Limits(max_frames=7), "threads": 3}
     limits = Limits(max_frames=7, decode_seconds=5)
@@ -142,6 +143,17 @@ def test_frames_are_those_of_this_process(tmp_path):
     assert (there.frames == here.frames).all() and there.frames.dtype == np.uint8
     assert (there.seconds == here.seconds).all() and (there.index == here.index).all()
     there.frames[0] = 0  # an array like any other
+
+
+@pytest.mark.parametrize("name", ["av1_video.mkv", "dog.mp4", "newtonscradle.gif", "video_90.mov", "kryp-2.ts"])
+def test_real_frames_are_those_of_this_process_whatever_the_threads(test_data, name):
+    path, sampling = test_data / "videos" / name, {"fps": 4.0, "max_frames": 28, "resize": (56, 56)}
+    here = video.read_frames(path, **sampling)
+    with Pool(1) as pool:
+        for threads in (None, 3):
+            there = pool.read_frames(path, **sampling | ({"threads": threads} if threads else {}))
+            assert there.info == here.info and there.seconds.tobytes() == here.seconds.tobytes()
+            assert there.frames.tobytes() == here.frames.tobytes() and there.frames.shape == here.frames.shape
 
 
 def test_a_file_too_large_for_the_workers_memory(tmp_path):

@@ -118,3 +118,20 @@ def test_logits_of_all_positions_never_exist_at_once(arrays):
     fn = jax.jit(jax.grad(lambda h, w: logprob.chunked_logprob(h, w, targets, 4)[0].sum(), (0, 1)))
     temporary = fn.lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * np.prod(shape) * vocab / 2
+
+
+def test_half_precision_gradients_stay_half_and_close(arrays):
+    """bfloat16 in, bfloat16 products, float32 sums: near the float32 gradient, and no float32 copy of the head."""
+    targets, weight = jnp.asarray(arrays["targets"]), jnp.asarray(np.random.default_rng(1).normal(size=(*LEAD, R)))
+
+    def total(hidden, head):
+        return (logprob.chunked_logprob(hidden, head, targets, 3, banned_ids=(0,)).logp.clip(-20) * weight).sum()
+
+    args = [jnp.asarray(arrays[n], jnp.bfloat16) for n in ("hidden", "head")]
+    grad = jax.jit(jax.grad(total, (0, 1)))
+    half, whole = grad(*args), grad(*(x.astype(jnp.float32) for x in args))
+    for a, b in zip(half, whole, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.float32(a) - b) < 1e-2 * np.linalg.norm(b)
+    products = [line for line in grad.lower(*args).as_text().splitlines() if "dot_general" in line]
+    assert products and not any("xf32>, " in line.split(" : ")[-1].split("->")[0] for line in products)

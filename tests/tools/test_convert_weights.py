@@ -233,7 +233,7 @@ def test_two_conversions_into_one_folder_do_not_mix(tmp_path, capsys):
     _model(tmp_path / "model")
     with scratch.whole(tmp_path / "out") as folder:
         assert _convert(tmp_path / "model", tmp_path / "out") == 2
-        assert "another process is writing it" in capsys.readouterr().err
+        assert "out is being written by process" in capsys.readouterr().err
         (folder / "mine").write_text("")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 

@@ -10,7 +10,6 @@ docs/retrieval.md keeps a run.
 
 import argparse
 import functools
-import statistics
 import time
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marc_jax.memory import compress
+from tools.bench.timing import median_ms
 
 
 def plain_merge(vis_tpd: np.ndarray, event_t: np.ndarray, keep: int, per_event: int | None) -> np.ndarray:
@@ -54,16 +54,6 @@ def scene(args) -> tuple[np.ndarray, np.ndarray]:
     return picture[np.arange(args.batch)[:, None], event_bt] + 0.2 * drift, event_bt.astype(np.int32)
 
 
-def milliseconds(call, repeats: int) -> float:
-    jax.block_until_ready(call())
-    spent = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        jax.block_until_ready(call())
-        spent.append(time.perf_counter() - begun)
-    return 1e3 * statistics.median(spent)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in dict(patches=32, tokens=121, width=2048, batch=1, keep=1, repeats=15).items():
@@ -78,8 +68,8 @@ def main() -> None:
         lambda g, e: compress._merge_one(g, jnp.ones(args.patches, bool), e, jnp.ones(args.patches, jnp.int32), 1,
                                          trips=args.patches - args.keep, window=args.patches, weighted=False,
                                          metric="cosine"))(gram, event_bt))  # fmt: skip
-    floor = milliseconds(lambda: read(vis), args.repeats)
-    alone = milliseconds(lambda: loop(gram, event_bt), args.repeats)
+    floor = median_ms(lambda: read(vis), args.repeats)
+    alone = median_ms(lambda: loop(gram, event_bt), args.repeats)
     print(f"{jax.devices()[0].device_kind}, {list(vis.shape)} {vis.dtype} to {args.keep}, {vis.nbytes / 1e6:.1f} MB\n")
     print("| stage 1 | ours ms | floor ms | loop alone ms | ours / floor | ours / numpy | error / largest value |")
     print("|---|--:|--:|--:|--:|--:|--:|")
@@ -91,7 +81,7 @@ def main() -> None:
                           for v, e in zip(vis, event_bt, strict=True)])  # fmt: skip
         plain = 1e3 * (time.perf_counter() - begun)
         error = np.abs(np.asarray(run(vis, event_bt).tokens_bkpd, np.float64) - exact).max() / np.abs(exact).max()
-        ours = milliseconds(lambda run=run: run(vis, event_bt), args.repeats)
+        ours = median_ms(lambda run=run: run(vis, event_bt), args.repeats)
         name = "none" if per_event is None else f"{per_event} per event"
         ratios = f"{ours / floor:.1f} | {ours / plain:.4f}"
         print(f"| {name} | {ours:.2f} | {floor:.2f} | {alone:.2f} | {ratios} | {error:.1e} |")

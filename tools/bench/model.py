@@ -26,7 +26,7 @@ import numpy as np
 from marc_jax.models import qwen25_vl
 from marc_jax.models.prompts import Prompt, Visual, pad_prompts, visual_positions
 from marc_jax.rl import rollout
-from tools.bench import profile
+from tools.bench import profile, timing
 
 TEXT_TOKENS = 122  # of every prompt, around its visual tokens
 NEW = 128  # tokens decoded per measurement
@@ -156,13 +156,7 @@ def measure(cfg, case: Case, params: dict, attention: str, repeats: int, top: in
     compiled = jax.jit(function).lower(params, inputs).compile()
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    for _ in range(2):
-        jax.block_until_ready(compiled(params, inputs))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(params, inputs))
-        times.append((time.perf_counter() - start) * 1e3)
+    times = timing.milliseconds(lambda: compiled(params, inputs), repeats, warmup=2)
     if top:
         print(profile.table(profile.kernels(lambda: compiled(params, inputs)), top), flush=True)
     per = NEW if case.kind == "decode" else 1

@@ -8,9 +8,7 @@ sdpa attention, random bfloat16 weights; `--mode=compiled` decodes with a static
 
 import argparse
 import json
-import statistics
 import sys
-import time
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from marc_jax.models import qwen25_vl, weights
 from tools.bench import model as bench
+from tools.bench import timing
 
 NEW = 32  # tokens per decoding measurement; eager decoding takes tens of milliseconds each
 
@@ -55,17 +54,8 @@ def inputs_of(cfg, case, device):
 
 def timed(run, repeats: int, device) -> float:
     """Median milliseconds after a warm-up."""
-
-    def once():
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) * 1e3
-
-    for _ in range(2):
-        once()
-    return statistics.median(once() for _ in range(repeats))
+    wait = lambda _: torch.cuda.synchronize() if device == "cuda" else None  # noqa: E731
+    return timing.median_ms(run, repeats, warmup=2, wait=wait)
 
 
 @torch.inference_mode()

@@ -11,9 +11,10 @@ run (a sum over the archive, a square product). Prints Markdown; docs/retrieval.
 import argparse
 import os
 import statistics
-import time
 
 import numpy as np
+
+from tools.bench.timing import seconds_in_turn
 
 
 def arguments():
@@ -34,17 +35,6 @@ def unit(shape, seed: int) -> np.ndarray:
     return rows
 
 
-def seconds_in_turn(calls: dict, repeats: int) -> dict:
-    """Name -> median seconds; the calls take turns, so that a busy machine slows all of them alike."""
-    spent = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            spent[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(seconds) for name, seconds in spent.items()}
-
-
 def differing(ours, theirs, tolerance: float = 2e-6) -> tuple[int, int]:
     """(ids in another place, those of them that no tie within `tolerance` explains) of (scores, ids) pairs."""
     other = np.asarray(ours[1]) != theirs[1]
@@ -57,13 +47,8 @@ def machine_rates(jax, jnp, emb_nd) -> tuple[float, float]:
     square = jax.random.normal(jax.random.key(0), (side, side), emb_nd.dtype)  # random: zeros draw less power
     read = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
     multiply = jax.jit(lambda x: jnp.einsum("ab,bc->ac", x, x, preferred_element_type=jnp.float32))
-
-    def best(call):
-        call()
-        return min(seconds_in_turn({"once": call}, 1)["once"] for _ in range(5))
-
-    bandwidth = emb_nd.nbytes / best(lambda: read(emb_nd).block_until_ready())
-    return bandwidth, 2 * side**3 / best(lambda: multiply(square).block_until_ready())
+    best = lambda call: min(seconds_in_turn({"": call}, 5)[""])  # noqa: E731
+    return emb_nd.nbytes / best(lambda: read(emb_nd)), 2 * side**3 / best(lambda: multiply(square))
 
 
 def faiss_index(emb_nd: np.ndarray, threads: int):
@@ -112,14 +97,14 @@ def main() -> None:
     for count in counts:
         query = unit((count, width), 1)
         query_qd = jnp.asarray(query, emb_nd.dtype)
-        calls = {"ours": lambda query_qd=query_qd: jax.block_until_ready(search(query_qd, emb_nd))}
+        calls = {"ours": lambda query_qd=query_qd: search(query_qd, emb_nd)}
         if index is not None:
             calls |= {f"faiss {way}": faiss_call(index, query, args.k, way) for way in ("blas", "sequential")}
         first = {name: call() for name, call in calls.items()}
         if index is not None:  # the slower way may take a minute a call
-            tried = seconds_in_turn({name: call for name, call in calls.items() if name != "ours"}, 1)
+            tried = seconds_in_turn({name: call for name, call in calls.items() if name != "ours"}, 1, warmup=0)
             calls.pop(max(tried, key=tried.get))
-        spent = seconds_in_turn(calls, args.repeats)
+        spent = {name: statistics.median(s) for name, s in seconds_in_turn(calls, args.repeats).items()}
         flop = 2 * count * args.rows * width
         floor = max(emb_nd.nbytes / bandwidth, flop / rate)
         beside = "- | - | -"

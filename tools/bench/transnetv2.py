@@ -7,13 +7,14 @@ how far the probabilities lie from those of the first line (float32, highest mat
 """
 
 import argparse
-import time
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from marc_jax.models import transnetv2
+from tools.bench.timing import milliseconds
 
 
 def random_weights(weight) -> np.ndarray:
@@ -45,14 +46,12 @@ def main(argv=None) -> int:
     for precision, dtype in (("highest", jnp.float32), ("default", jnp.float32), ("default", jnp.bfloat16)):
         with jax.default_matmul_precision(None if precision == "default" else precision):
             for batch in map(int, args.batches.split(",")):
-                times = []
-                for _ in range(4):
-                    begun = time.perf_counter()
-                    one_hot, _ = transnetv2.predict(cfg, params, frames, batch=batch, dtype=dtype)
-                    times.append(time.perf_counter() - begun)
+                call = functools.partial(transnetv2.predict, cfg, params, frames, batch=batch, dtype=dtype)
+                first, *later = milliseconds(call, 4, warmup=0)
+                one_hot, _ = call()
                 exact = one_hot if exact is None else exact
-                change, rate = float(np.abs(one_hot - exact).max()), len(frames) / min(times[1:])
-                row = (precision, dtype.__name__, batch, f"{times[0]:.1f}", f"{rate:,.0f}", f"{change:.1e}")
+                change, rate = float(np.abs(one_hot - exact).max()), 1e3 * len(frames) / min(later)
+                row = (precision, dtype.__name__, batch, f"{first / 1e3:.1f}", f"{rate:,.0f}", f"{change:.1e}")
                 print("| " + " | ".join(map(str, row)) + " |", flush=True)
     return 0
 

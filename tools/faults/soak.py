@@ -35,13 +35,12 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     seen, began = [], time.monotonic()
     while len(seen) < WARM_UP + rounds or time.monotonic() - began < 60 * minutes:
         turn(len(seen))
-        seen.append((_megabytes(), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(compiled)))
+        files, threads = (len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task"))
+        seen.append((_megabytes(), files, threads, _children(), len(compiled)))
     first, last = seen[WARM_UP - 1], seen[-1]
-    names = ("", "open files", "threads", "compilations")
+    names = ("", "open files", "threads", "processes", "compilations")
     outcome.attempts = len(seen) - WARM_UP
-    grown = [f"{names[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3) if last[i] > first[i]]
-    if children := _children():
-        grown.append(f"{children} processes left")
+    grown = [f"{names[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3, 4) if last[i] > first[i]]
     late = np.array([row[0] for row in seen[len(seen) // 4 :]])
     slope = float(np.polyfit(np.arange(len(late)) * STEPS / 1000, late, 1)[0]) if len(late) > 2 else 0.0
     enough = outcome.attempts >= 50  # fewer rounds say nothing about a slope
@@ -50,7 +49,7 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     outcome.survived = 0 if grown else outcome.attempts
     outcome.problems = grown
     minutes = (time.monotonic() - began) / 60
-    outcome.note = f"{outcome.attempts * STEPS} steps in {minutes:.1f} min, {last[3] - first[3]} compilations, "
+    outcome.note = f"{outcome.attempts * STEPS} steps in {minutes:.1f} min, {last[4] - first[4]} compilations, "
     outcome.note += f"{last[0]:.0f} MB" + (f", {slope:+.2f} MB per 1,000 steps" if enough else "")
     return outcome
 
@@ -109,4 +108,5 @@ def _megabytes() -> float:
 
 
 def _children() -> int:
-    return len(pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    """Processes begun by any thread of this one and not yet gone."""
+    return sum(len(path.read_text().split()) for path in pathlib.Path("/proc/self/task").glob("*/children"))
