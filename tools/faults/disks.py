@@ -22,6 +22,7 @@ def full(folder: pathlib.Path, count: int) -> drill.Outcome:
         place = folder / f"disk{i}"
         with drill.small_disk(place, f"{3 + 2 * i}m") as mounted:
             if not mounted:
+                outcome.note = "no mounting here: a limit on the size of a file instead"
                 return _limited(folder, count, outcome, truth)
             run = place / "run"
             problem = _stops(run, 1, "no space left on the disk")
@@ -33,7 +34,6 @@ def full(folder: pathlib.Path, count: int) -> drill.Outcome:
 
 def _limited(folder: pathlib.Path, count: int, outcome: drill.Outcome, truth) -> drill.Outcome:
     """Where nothing may be mounted: no file may grow beyond a limit."""
-    outcome.note = "no mounting here: a limit on the size of a file instead"
     for i in range(count):
         limit = 20_000 * (i + 1)
         run = folder / f"limited{i}"
