@@ -47,7 +47,7 @@ def videos(folder: pathlib.Path, count: int) -> drill.Outcome:
     """Damaged real videos, through `tools.fuzz_decode`."""
     outcome = drill.Outcome(
         "video changed: bits, header, zeroed, cut, removed, swapped pieces",
-        "refused with its reason, warned of, right, or told by its SHA-256; a decoder that hangs or dies costs its file",
+        "refused, warned of, right, or told by its SHA-256; a decoder that hangs or dies costs its file",
     )
     counts, notes = fuzz_decode.fuzz(folder, count)
     found = {name: sum(n for (_, o), n in counts.items() if o == name) for name in fuzz_decode.OUTCOMES}

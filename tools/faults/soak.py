@@ -58,7 +58,7 @@ def _prepare(folder: pathlib.Path):
     """A round, as a function of its number."""
     changes = [f"--config.model.{change}" for change in SMALL] + [
         "--config.data.train_videos=8", "--config.data.test_videos=6", "--config.data.workers=0",
-        "--config.eval.batch=6", "--config.teacher.init=", "--config.teacher.videos=8", "--config.teacher.questions=1",
+        "--config.eval.batch=8", "--config.teacher.init=", "--config.teacher.videos=8", "--config.teacher.questions=1",
     ]  # fmt: skip
     config = settings.experiment(str(drill.REPO / "experiments" / "quickstart.py"), changes)
     workdir = folder / "run"
