@@ -21,13 +21,14 @@ SMALL = (
 )  # fmt: skip
 STEPS = 20  # of training in a round
 WARM_UP = 3  # rounds
+POOLS = 4  # threads that pools of libraries may still add: they fill as they are needed, a leak is one a round
 
 
 def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outcome:
     """At least `rounds` rounds after the warm-up, and at least so many minutes."""
     outcome = drill.Outcome(
         "a long time: train, save, restore, evaluate, index, ask in a loop",
-        "no compilation after warm-up; open files, threads and processes flat; memory < 1 MB per 1,000 steps",
+        "no compilation after warm-up; open files, threads (but 4) and processes flat; memory < 1 MB per 1,000 steps",
     )
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: name == COMPILED and compiled.append(1))
@@ -40,7 +41,7 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     first, last = seen[WARM_UP - 1], seen[-1]
     names = ("", "open files", "threads", "processes", "compilations")
     outcome.attempts = len(seen) - WARM_UP
-    grown = [f"{names[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3, 4) if last[i] > first[i]]
+    grown = [f"{names[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3, 4) if last[i] > first[i] + POOLS * (i == 2)]
     late = np.array([row[0] for row in seen[len(seen) // 4 :]])
     slope = float(np.polyfit(np.arange(len(late)) * STEPS / 1000, late, 1)[0]) if len(late) > 2 else 0.0
     enough = outcome.attempts >= 50  # fewer rounds say nothing about a slope
