@@ -98,8 +98,10 @@ def nested(file, depth: int) -> Iterator[tuple[int, int, tuple, Any]]:
             line, seen = line + text.count("\n", seen, start), start
             yield row, line, keys, check_text(file, row, line, text[start:end]) or value
             row += 1
-    except json.JSONDecodeError as error:
-        raise RecordError(file, None, None, f"is no JSON ({error})", error.lineno) from None
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists nested without end
+        raise RecordError(file, None, None, f"is no JSON ({error})", getattr(error, "lineno", None)) from None
 
 
 def _descend(file, text: str, at: int, depth: int, keys: tuple):
@@ -138,7 +140,7 @@ def _lines(file, text: str):
             continue
         try:
             yield row, number, check_text(file, row, number, line) or json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield row, number, RecordError(file, row, None, f"is no JSON ({error})", number)
         row += 1
     if row == 0:

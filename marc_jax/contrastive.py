@@ -118,7 +118,8 @@ class Batches:
         except loader.BadRowsError as e:
             raise ConfigError(str(e)) from None
         self._next = step + 1
-        return jax.device_put(self._assemble(batch), sharding.batch(self._mesh))
+        over = sharding.batch(self._mesh)
+        return jax.tree.map(lambda x: sharding.place(x, over), self._assemble(batch))
 
     def _assemble(self, batch: dict) -> Batch:
         groups, c = [self.groups[row] for row in batch["row"]], self._stage.clips

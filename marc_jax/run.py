@@ -91,16 +91,17 @@ class Run:
         def node(x):
             if isinstance(x, PromptBatch):
                 return PromptBatch(*(
-                    jax.device_put(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
+                    sharding.place(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
                 ))  # fmt: skip
-            return jax.device_put(x, over[0])
+            return sharding.place(x, over[0])
 
         placed = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
         return placed if len(trees) > 1 else placed[0]
 
     def whole(self, tree):
         """Arrays that every device holds: banks, the retriever."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: sharding.place(x, everywhere), tree)
 
     def settle(self, state):
         """`state.settled` on the run's mesh."""

@@ -78,7 +78,7 @@ def base() -> ConfigDict:
 def optimizer() -> ConfigDict:
     return ConfigDict({
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50, "end_factor": 0.05, "b1": 0.9, "b2": 0.98,
-        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "skip": 0, "spike": 0.0,
     })  # fmt: skip
 
 
