@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.synthetic import build
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding, view_settings
 from marc_jax import config as configs
 from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
@@ -23,6 +23,7 @@ from marc_jax.models import prompts, qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
+from marc_jax.state import settled
 from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
@@ -90,22 +91,21 @@ class Run:
         def node(x):
             if isinstance(x, PromptBatch):
                 return PromptBatch(*(
-                    jax.device_put(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
+                    sharding.place(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
                 ))  # fmt: skip
-            return jax.device_put(x, over[0])
+            return sharding.place(x, over[0])
 
         placed = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
         return placed if len(trees) > 1 else placed[0]
 
     def whole(self, tree):
         """Arrays that every device holds: banks, the retriever."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: sharding.place(x, everywhere), tree)
 
     def settle(self, state):
-        """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
-        everywhere = sharding.replicated(self.mesh)
-        on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh  # noqa: E731
-        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
+        """`state.settled` on the run's mesh."""
+        return settled(state, self.mesh)
 
     def parameters(self, source: str, trainable: tuple[str, ...] = ()) -> dict:
         """Model parameters (nested), sharded; in float32 what matches `trainable`, else in config.model.frozen_dtype.
@@ -367,7 +367,7 @@ def surroundings(config, workdir: Path | None) -> Run:
 
 def views_of(config, cfg: qwen25_vl.Config) -> dict[str, View]:
     """config.views of this model. Raises ConfigError where one drops tokens after a layer that the model lacks."""
-    if wrong := settings.layer_problems(config, cfg.text.num_layers):
+    if wrong := view_settings.layer_problems(config.views, cfg.text.num_layers):
         raise ConfigError("; ".join(f"config.{problem}" for problem in wrong))
     return {name: View(**config.views[name].to_dict()) for name in config.views}
 

@@ -16,6 +16,7 @@ from test_end_to_end import tiny_encoder
 
 from data_pipelines import patches, sources
 from marc_jax import batches, messages, pretrained, records, run, settings
+from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import indexer
 from marc_jax.memory import view as views
@@ -159,6 +160,11 @@ def test_eval_and_export(trained, place, repo):
     pretrained.check(out, pretrained.config(place / "model"))
 
 
+def test_index_and_ask_refuse_a_run_on_files_in_one_line(trained):
+    with pytest.raises(ConfigError, match="index and ask do not take runs on files yet"):
+        Archive(None, trained)
+
+
 def opened(trained, place, rows=None, **data):
     """(run, its records) in this process, over the memory that training made."""
     file = place / "these.json"
@@ -209,17 +215,17 @@ def test_padding_of_patches_and_videos_changes_nothing(trained, place):
     own, patches_t = int(np.prod(shape.hw)), int(index.mask_bt.sum())
     assert own < here.prompter.tokens_per_patch and patches_t < asked.sizes.patches
 
-    def look(bank, index, prompter, shapes):
+    def look(bank, index, prompter, shapes, grid_hw):
         prompt = jax.tree.map(jax.numpy.asarray, prompter.whole(*asked.texts_bg, 1, [patches_t], asked.sizes, shapes))
         visual = views.select(view, index, asked.query_bd, bank, here.sizes.event, None)
-        vis_bnd, prompt = views.make_encode(view, here.grid_hw, shape.rate)(model, visual, prompt)
+        vis_bnd, prompt = views.make_encode(view, grid_hw, shape.rate)(model, visual, prompt)
         return np.asarray(vis_bnd)[0, :own], rollout.closed_up(prompt)
 
-    padded, there = look(asked.bank, index, here.prompter, asked.shapes)
+    padded, there = look(asked.bank, index, here.prompter, asked.shapes, here.grid_hw)
     cut = {"patch_bt": index.patch_bt[:, :patches_t], "mask_bt": index.mask_bt[:, :patches_t]}
     cut = dataclasses.replace(index, **cut, event_bt=index.event_bt[:, :patches_t], shapes=None)
     alone = batches.Prompter(here.tokenizer, shape.hw, shape.rate, here.prompter.system)
-    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None)
+    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None, (2 * shape.hw[0], 2 * shape.hw[1]))
     np.testing.assert_allclose(padded, exact, atol=1e-5)
     n = int(here_too.mask_bp.sum())
     assert there.mask_bp.sum() == n and (there.pos_3bp[:, :, :n] == here_too.pos_3bp[:, :, :n]).all()

@@ -121,12 +121,11 @@ def segmentation(found: dict, records: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def _batches(test: TestSet, size: int):
-    """Row numbers in batches of one shape; the last is filled up with row 0 and cut by the caller."""
-    n = len(test.records)
-    for start in range(0, n, size):
-        rows = np.arange(start, start + size)
-        yield np.where(rows < n, rows, 0), min(size, n - start)
+def _batches(order: np.ndarray, size: int):
+    """These rows in batches of one shape; the last is filled up with the first row and cut by the caller."""
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        yield np.concatenate([part, np.full(size - len(part), order[0])]), len(part)
 
 
 def take(videos: Videos, rows) -> Videos:
@@ -176,28 +175,35 @@ def answer_all(
     run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str
 ) -> list[dict]:
     """Prediction rows (see `scoring`) of one arm, in the order of the questions."""
+    order, rows = np.arange(len(test.records)), []
+    for _, found in answers(run, params, view_name, visual, test, label, order):
+        rows += found
+    fields = ("problem_id", "question_type", "problem_type", "solution")
+    return rows + [{**{f: record[f] for f in fields}, "error": "unreadable video"} for record in test.unreadable]
+
+
+def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str, order):
+    """Yields (row numbers, their prediction rows) batch by batch, of the questions in `order`."""
     view, most = run.view(view_name), test.sizes.event
-    answer = make_answerer(run, view, test.sizes)
-    bank, rows = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None, []
+    answer, done = make_answerer(run, view, test.sizes), 0
+    bank = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None
     emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
-    with metrics.Progress(label, len(test.records)) as bar:
-        for chosen, real in _batches(test, run.config.eval.batch):
+    with metrics.Progress(label, len(order)) as bar:
+        for chosen, real in _batches(np.asarray(order), run.config.eval.batch):
             asked = test.asked(chosen)
             index, sizes = asked.index(), asked.sizes
-            records = [test.records[i] for i in chosen]
             texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
             prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
             inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
             own, *inputs, prompt, ids_b = run.split(asked.bank, *inputs)
             looked_at = (bank if own is None else own, emb, *inputs)
-            done, read_b = answer(params, run.retriever, *looked_at, prompt=prompt, ids_b=ids_b)
-            tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
-            used = np.asarray(read_b)[:real]
-            for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
-                rows.append(_row(run, record, tokens[mask], int(count)))
-            bar.update(len(rows))
-    fields = ("problem_id", "question_type", "problem_type", "solution")
-    return rows + [{**{f: record[f] for f in fields}, "error": "unreadable video"} for record in test.unreadable]
+            said, read_b = answer(params, run.retriever, *looked_at, prompt=prompt, ids_b=ids_b)
+            tokens_br, mask_br, used = (np.asarray(x) for x in (said.tokens_bgr[:, 0], said.mask_bgr[:, 0], read_b))
+            yield chosen[:real], [
+                _row(run, test.records[chosen[i]], tokens_br[i][mask_br[i]], int(used[i])) for i in range(real)
+            ]
+            done += real
+            bar.update(done)
 
 
 def patch_embeddings(run: Run, test: TestSet):
@@ -226,7 +232,7 @@ def retrieval(run: Run, test: TestSet) -> dict:
     needed = needed_events(test)
     for k in hits:
         view = views.View(select="retrieve", method="merge", k=k)
-        for chosen, real in _batches(test, run.config.eval.batch):
+        for chosen, real in _batches(np.arange(len(test.records)), run.config.eval.batch):
             index = take(test.videos, chosen).index(test.sizes)
             query = embed.embed_questions(run.retriever, *queries(run, test, chosen))
             all_b, _ = embed.recall(*views.retrieved(view, index, query), needed[chosen])
