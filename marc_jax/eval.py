@@ -43,7 +43,7 @@ def main() -> None:
 
     here, stage = run.opened(flags.FLAGS.checkpoint)
     settings.keep(config, here.workdir / "config.json", write=False)
-    here.config = config
+    here.config, here.views = config, run.views_of(config, here.cfg)
     if stage and stage not in config.stages:
         raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of {flags.FLAGS.config}")
     arms = [a for a in config.eval.arms if not stage or config.eval.arms[a].stage == stage or a == config.eval.teacher]

@@ -6,12 +6,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from marc_jax import config as configs
-from marc_jax import files
+from marc_jax import files, view_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import benchmarks
 
-SELECT = ("all", "retrieve", "random", "none")
-METHOD = ("keep", "merge", "per_event", "mean", "pooled")
 POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
@@ -21,7 +19,7 @@ RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
 COMPUTED = ("auto", *DTYPES)
 REMAT = ("", "layer", "attention", "products")
-TOKENS = ("keep", "bfloat16", "float32", "int8")
+STORED = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -108,12 +106,6 @@ def stage(kind: str) -> ConfigDict:
     return c
 
 
-def view() -> ConfigDict:
-    c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
-    c.update(represent="mean", rule=None, adaptive=False, tokens=None)
-    return c
-
-
 def arm() -> ConfigDict:
     return ConfigDict({"stage": "", "view": "full", "label": "", "group": "baseline", "note": ""})
 
@@ -156,7 +148,7 @@ def experiment(path: str, overrides=None) -> ConfigDict:
     for name in given.get("eval", {}).get("claims", {}):
         full.eval.claims[name] = claim()
     for name in open_groups["views"]:
-        full.views[name] = view()
+        full.views[name] = view_settings.view()
     for name in open_groups["arms"]:
         full.eval.arms[name] = arm()
     for name in names:
@@ -193,8 +185,9 @@ def validate(config: ConfigDict) -> None:
             wrong.append(f"model.{tower}.hidden_size must be a multiple of {unit} x num_heads")
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
-    wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
-    wrong += _file_problems(config) if on_files(config) else []
+    wrong += [problem for name in config.views for problem in view_settings.problems(name, config.views[name])]
+    layers = config.model.text.num_layers
+    wrong += _file_problems(config) if on_files(config) else view_settings.layer_problems(config.views, layers)
     for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
         if config.eval[key] not in known:
             wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
@@ -223,34 +216,19 @@ def _file_problems(config) -> list[str]:
         wrong.append(f"data.buckets = {data.buckets} must end with data.max_frames / 2 = {data.max_frames // 2}")
     if min(data.frame_tokens, data.question_tokens, data.answer_tokens) < 1 or data.fps <= 0:
         wrong.append("data.frame_tokens, question_tokens, answer_tokens and fps must be positive")
-    if data.tokens not in TOKENS:
-        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(TOKENS)}")
+    if data.tokens not in STORED:
+        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(STORED)}")
     for key in ("dtype", "frozen_dtype"):
         if config.model[key] not in DTYPES:
             wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(DTYPES)}")
     if config.model.remat not in REMAT:
         wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
-    for name in config.views:
-        if config.views[name].method == "pooled" or config.views[name].tokens is not None:
-            wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
+    wrong += [problem for name, c in config.views.items() for problem in view_settings.file_problems(name, c)]
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
             wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
         if config[name].visual != "features" or config[name].get("questions", 1) != 1:
             wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
-    return wrong
-
-
-def _view_problems(name: str, c) -> list[str]:
-    wrong = []
-    if c.select not in SELECT:
-        wrong.append(f"views.{name}.select = {c.select!r}: choose one of {', '.join(SELECT)}")
-    if c.method not in METHOD:
-        wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
-    if c.method == "per_event" and c.select != "retrieve":
-        wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
-    if min(c.k, c.keep) < 1:
-        wrong.append(f"views.{name}: k and keep must be at least 1")
     return wrong
 
 
@@ -281,6 +259,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
     elif config.views[c.view].select == "retrieve" and not _can_retrieve(config, done):
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
+    else:
+        wrong += view_settings.trained_problems(name, config.views[c.view], c.visual)
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
     if c.kind in ("distill", "cgrpo"):
@@ -340,10 +320,18 @@ def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
+def _trained_views(c: dict) -> dict:
+    """The views that stages of this config look through, with the defaults of keys that came after it was written."""
+    stages = [c[name] for name in c["stages"] if name in c]
+    names = {stage.get(field, "") for stage in stages for field in ("view", "teacher_view")}
+    defaults = json.loads(configs.to_json(view_settings.view()))
+    return {name: defaults | c["views"][name] for name in names if name in c["views"]}
+
+
 def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     """Writes the config beside the run; a run that goes on must have been started with the same one.
 
-    Pace, title and evaluation may change. With write=False it is compared only.
+    Pace, title, evaluation and the views of no stage may change. With write=False it is compared only.
     """
     text = configs.to_json(config)
     if path.exists():
@@ -354,6 +342,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)
+            c["views"] = _trained_views(c)
         if before != now:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
             raise ConfigError(

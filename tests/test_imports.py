@@ -35,9 +35,11 @@ FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "jo
 ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.index_with_beam", "marc_jax.ask")
 # Between the maths and the entries: each room and all that it may import.
 ABOVE = {
+    "marc_jax.baselines.fastv": ("marc_jax.baselines", "marc_jax.rl.rollout", "marc_jax.rl.types"),
     "marc_jax.memory.view": (
         "marc_jax.baselines",
         "marc_jax.memory.budget",
+        "marc_jax.memory.choose",
         "marc_jax.memory.compress",
         "marc_jax.memory.retrieve",
         "marc_jax.rl.types",

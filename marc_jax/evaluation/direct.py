@@ -13,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from data_pipelines import sources
-from marc_jax import records, settings
+from marc_jax import records, settings, view_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import run
 from marc_jax.evaluation.harness import surroundings
@@ -48,7 +48,8 @@ class Direct:
             raise ConfigError(f"view {view!r} retrieves: name an encoder's folder")
         buckets = tuple(dict.fromkeys(max(max_frames // 2 // d, 1) for d in (8, 4, 2, 1)))
         config = settings.base().unlock()
-        config.update({"stages": (), "init_from": str(checkpoint), "views": {"it": {**settings.view(), **VIEWS[view]}}})
+        views = {"it": {**view_settings.view(), **VIEWS[view]}}
+        config.update({"stages": (), "init_from": str(checkpoint), "views": views})
         config.data.update(test="questions asked one by one", root=os.sep, fps=fps, max_frames=max_frames)
         config.data.update(frame_tokens=frame_tokens, question_tokens=question_tokens, buckets=buckets)
         config.model.update(dtype=dtype, frozen_dtype=dtype)
