@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from marc_jax.guard import guard
 from marc_jax.paths import flatten, unflatten
 
 
@@ -24,6 +25,9 @@ class Config:
       clip_norm: largest global norm of the gradients; 0 turns clipping off.
       weight_decay: decoupled, multiplied by the learning rate (Loshchilov & Hutter, 2019, as in optax).
       ema: decay of a running average of the parameters, which is then what the stage hands on; 0: none is kept.
+      skip: so many steps in a row whose loss or gradient is not finite (or a spike) are left out and counted; one more
+        stops the run. 0 stops at the first.
+      spike: a loss is a spike when it is so many standard deviations above the mean of the last 50 or so; 0: none is.
       no_decay: regular expressions; a parameter whose path contains a match is not decayed.
     """
 
@@ -37,6 +41,8 @@ class Config:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema: float = 0.0
+    skip: int = 0
+    spike: float = 0.0
     no_decay: tuple[str, ...] = (r"(^|/)bias$", r"(^|/)scale$", r"(^|/)embedding$", r"norm")
 
 
@@ -91,7 +97,7 @@ def schedule(config, total_steps: int) -> optax.Schedule:
 
 
 def make(config, total_steps: int) -> optax.GradientTransformation:
-    """Clip -> Adam -> decoupled weight decay (by name) -> schedule -> average of the parameters.
+    """Clip -> Adam -> decoupled weight decay (by name) -> schedule (-> average); `skip`, `spike`: behind a `guard`.
 
     Args:
       config: a `Config` or any mapping with (some of) its field names; an unknown name is an error.
@@ -110,7 +116,8 @@ def make(config, total_steps: int) -> optax.GradientTransformation:
     chain.append(optax.scale_by_learning_rate(schedule(config, total_steps)))
     if config.ema:
         chain.append(averaged(config.ema))
-    return in_float32(optax.chain(*chain))
+    tx = in_float32(optax.chain(*chain))
+    return guard(tx, config.spike) if config.skip or config.spike else tx
 
 
 class Averaged(NamedTuple):

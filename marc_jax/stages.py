@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from marc_jax import optim, settings, state
+from marc_jax import optim, settings, sharding, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
@@ -139,7 +139,7 @@ def retriever(run: Run, name: str, stage):
 
         grads, values = jax.grad(objective, has_aux=True)(now.params)
         values["grad_norm"] = optax.tree.norm(grads)
-        return now.apply(tx, grads), values
+        return now.apply(tx, grads, values["loss"][0] / values["loss"][1]), values
 
     advance = _jit(advance, first)
 
@@ -239,7 +239,7 @@ def cgrpo(run: Run, name: str, stage):
         if stage.refill:
             begin = stage.steps + int(now.step) * stage.refill  # no step draws these numbers, and no other refill
             further = (_prompt_pair(run, name, n, view, full) for n in range(begin, begin + stage.refill))
-            drawn, more = _refilled(run, drawn, (attempt(now, teacher, batch)[0] for batch in further))
+            drawn, more = _refilled(drawn, (attempt(now, teacher, batch)[0] for batch in further))
             host |= more
         now, values = improve(now, teacher, drawn)
         return now, values | host
@@ -293,16 +293,17 @@ def _attempt(run: Run, stage, both_views, both_banks, how, known: TeacherCache |
     return attempt
 
 
-def _refilled(run: Run, drawn: groups.Groups, more) -> tuple[groups.Groups, dict]:
+def _refilled(drawn: groups.Groups, more) -> tuple[groups.Groups, dict]:
     """The groups with dead ones replaced by live ones of `more` Groups, taken only while there are dead ones."""
 
     def live(these):
-        return ~np.asarray(advantages.dead_groups(these.rewards_bg + these.bonus_bg))
+        return ~sharding.fetch(advantages.dead_groups(these.rewards_bg + these.bonus_bg))
 
     batches, live_b = 1, live(drawn)
     while not live_b.all() and (further := next(more, None)) is not None:
-        index_b = groups.refill_index(live_b, live(further))
-        drawn, batches = run.split(groups.rows(groups.stacked(drawn, further), index_b)), batches + 1
+        exchange = jax.jit(groups.exchanged, out_shardings=jax.tree.map(lambda x: x.sharding, drawn))
+        drawn = exchange(drawn, further, groups.refill_index(live_b, live(further)))
+        batches += 1
         live_b = live(drawn)
     return drawn, {"refill/batches": batches, "refill/dead": 1 - live_b.mean()}
 
@@ -340,7 +341,7 @@ def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:
 
 def completion_texts(run: Run, done: Completions) -> list[list[str]]:
     """Decoded text of every completion, special tokens skipped."""
-    tokens_bgr, mask_bgr = jax.device_get((done.tokens_bgr, done.mask_bgr))
+    tokens_bgr, mask_bgr = sharding.fetch((done.tokens_bgr, done.mask_bgr))
     return [
         [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(*group, strict=True)]
         for group in zip(tokens_bgr, mask_bgr, strict=True)

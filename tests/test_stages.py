@@ -1,13 +1,12 @@
 """Dynamic sampling of a C-GRPO stage: further batches are drawn while there are dead groups, and no longer."""
 
-import types
+import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from marc_jax import stages
 from tests.rl.test_groups import made
-
-RUN = types.SimpleNamespace(split=lambda tree: tree)
 
 
 def attempts(*alive):
@@ -15,15 +14,13 @@ def attempts(*alive):
     for number, flags in enumerate(alive):
         drawn = made(len(flags), start=10 * number)
         rewards = np.stack([np.ones(len(flags)), 1 - np.array(flags, np.float32)], 1)
-        object.__setattr__(drawn, "rewards_bg", rewards)
-        object.__setattr__(drawn, "bonus_bg", np.zeros_like(rewards))
-        yield drawn
+        yield dataclasses.replace(drawn, rewards_bg=jnp.asarray(rewards), bonus_bg=jnp.zeros(rewards.shape))
 
 
 def test_live_groups_of_further_batches_take_the_places_of_dead_ones():
     first, *more = attempts((1, 0, 0, 1), (0, 0, 1, 0), (1, 1, 1, 1), (1, 1, 1, 1))
     further = iter(more)
-    got, told = stages._refilled(RUN, first, further)
+    got, told = stages._refilled(first, further)
     np.testing.assert_array_equal(got.weight_b, [1, 13, 21, 4])
     assert told == {"refill/batches": 3, "refill/dead": 0.0}
     assert len(list(further)) == 1  # never drawn
@@ -31,6 +28,6 @@ def test_live_groups_of_further_batches_take_the_places_of_dead_ones():
 
 def test_where_the_limit_is_reached_dead_groups_stay():
     first, *more = attempts((0, 0), (0, 1))
-    got, told = stages._refilled(RUN, first, iter(more))
+    got, told = stages._refilled(first, iter(more))
     np.testing.assert_array_equal(got.weight_b, [12, 2])
     assert told == {"refill/batches": 2, "refill/dead": 0.5}

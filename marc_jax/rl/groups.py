@@ -64,6 +64,11 @@ def stacked(one, two):
     return _over_b(join, one, two)
 
 
+def exchanged(one, two, index_b):
+    """Rows `index_b`, of `refill_index`, of both."""
+    return rows(stacked(one, two), index_b)
+
+
 def refill_index(live_b: np.ndarray, live_more_b: np.ndarray) -> np.ndarray:
     """Rows of `stacked(first, more)` [B] in which live ones of `more`, in order, took the places of dead ones."""
     index_b = np.arange(len(live_b))
