@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipelines import patches, video
 from marc_jax.batches import Sizes, Videos
+from marc_jax.config import ConfigError
 from marc_jax.evaluation import experiment, pictures, run
 from marc_jax.memory import embed, encoders, store
 from marc_jax.memory import view as views
@@ -89,9 +90,13 @@ class Answerer:
 
     def __init__(self, here: Run, stage: str, view: views.View, encoder: encoders.Encoder | None = None):
         """`encoder` embeds the question in place of the run's retriever: the one that embedded the events."""
+        if view.asks and view.select != "retrieve":
+            raise ConfigError(f"a view that selects by {view.select!r} is for evaluation: a memory embeds events alone")
+        if view.method == "fastv":
+            raise ConfigError("a view that drops tokens inside the decoder ('fastv') is for evaluation")
         self.here, self.view, self.encoder = here, view, encoder
         self.params = here.parameters(stage)
-        self.pixels = here.config[stage].get("visual", "features") == "pixels"
+        self.pixels = view.reads_pixels or here.config[stage].get("visual", "features") == "pixels"
         cfg, how = here.cfg, here.decoding(0.0)
         encode = views.make_encode(view, here.grid_hw, here.time_scale)
         self._embed = jax.jit(lambda p, q: embed.embed_questions(p, *q))
@@ -147,7 +152,7 @@ class Answerer:
             ids_bk, valid_bk = self._retrieved(index, query)
             chosen = np.asarray(ids_bk)[0][np.asarray(valid_bk)[0]].tolist()
         events, per_video = _events(entries, scores, chosen)
-        used = int(run.visual_tokens(here, view, index)[0])
+        used = int(np.sum(np.asarray(prompt.mask_bp & (prompt.vis_index_bp >= 0))))
         everything = len(entry.tokens) * here.prompter.tokens_per_patch
         text = here.tokenizer.decode(said.tolist())
         return Answer(question, text, events, used, everything, clock.parts, first_token, entries, per_video)
