@@ -204,6 +204,18 @@ def read_meta(directory, step: int) -> dict:
         raise CheckpointError(f"checkpoint {directory}, step {step}: meta.json: {e}") from None
 
 
+def shapes(directory, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape and dtype of every array of a step, as its manifest has them (random keys apart).
+
+    Raises DamagedError: the manifest cannot be trusted.
+    """
+    if problem := check(directory, step, "off"):
+        raise DamagedError(f"checkpoint {directory}, step {step}: {problem}")
+    leaves = manifest.read(_directory(directory) / _name(step))["leaves"]
+    kinds = {path: kind for path, (_, kind) in leaves.items() if kind not in _KEY_KINDS}
+    return {path: jax.ShapeDtypeStruct(tuple(leaves[path][0]), kind) for path, kind in kinds.items()}
+
+
 def _read(directory: pathlib.Path, step: int, abstract: Any, partial: bool, cast: bool, config) -> tuple[Any, dict]:
     folder = directory / _name(step)
     meta, saved = read_meta(directory, step), manifest.read(folder)["leaves"]

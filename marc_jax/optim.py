@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ class Config:
       end_factor: the learning rate at `total_steps` as a fraction of the peak ("linear", "cosine").
       clip_norm: largest global norm of the gradients; 0 turns clipping off.
       weight_decay: decoupled, multiplied by the learning rate (Loshchilov & Hutter, 2019, as in optax).
+      ema: decay of a running average of the parameters, which is then what the stage hands on; 0: none is kept.
       skip: so many steps in a row whose loss or gradient is not finite (or a spike) are left out and counted; one more
         stops the run. 0 stops at the first.
       spike: a loss is a spike when it is so many standard deviations above the mean of the last 50 or so; 0: none is.
@@ -38,6 +40,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    ema: float = 0.0
     skip: int = 0
     spike: float = 0.0
     no_decay: tuple[str, ...] = (r"(^|/)bias$", r"(^|/)scale$", r"(^|/)embedding$", r"norm")
@@ -94,7 +97,7 @@ def schedule(config, total_steps: int) -> optax.Schedule:
 
 
 def make(config, total_steps: int) -> optax.GradientTransformation:
-    """Clip -> Adam -> decoupled weight decay (by name) -> schedule; with `skip` or `spike` behind a `guard`.
+    """Clip -> Adam -> decoupled weight decay (by name) -> schedule (-> average); `skip`, `spike`: behind a `guard`.
 
     Args:
       config: a `Config` or any mapping with (some of) its field names; an unknown name is an error.
@@ -111,8 +114,33 @@ def make(config, total_steps: int) -> optax.GradientTransformation:
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     chain.append(optax.scale_by_learning_rate(schedule(config, total_steps)))
+    if config.ema:
+        chain.append(averaged(config.ema))
     tx = in_float32(optax.chain(*chain))
     return guard(tx, config.spike) if config.skip or config.spike else tx
+
+
+class Averaged(NamedTuple):
+    """State of `averaged`: a tree like the parameters."""
+
+    average: dict
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Last in a chain: keeps average = decay * average + (1 - decay) * parameters after each update.
+
+    Raises:
+      ValueError: the decay is not between 0 and 1.
+    """
+    if not 0.0 < decay < 1.0:
+        raise ValueError(f"optimizer ema = {decay}: must lie between 0 and 1")
+
+    def update(updates, now, params):
+        after = optax.apply_updates(params, updates)
+        return updates, Averaged(jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, now.average, after))
+
+    # Copies: parameters and average may not share a buffer that a step takes over.
+    return optax.GradientTransformation(lambda params: Averaged(jax.tree.map(jnp.copy, params)), update)
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -7,8 +7,10 @@ read straight onto the shardings and dtypes asked for.
 import pathlib
 from dataclasses import asdict
 
+import jax
+
 from marc_jax import checkpoint, optim
-from marc_jax.models import qwen25_vl, weights
+from marc_jax.models import lora, qwen25_vl, weights
 from marc_jax.models.qwen25_vl import Config
 from marc_jax.models.safetensors_io import WeightsError, pickles
 from marc_jax.paths import flatten
@@ -81,6 +83,9 @@ def load(source, cfg: Config, abstract: dict) -> dict:
 def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
     """Nested model parameters of a stage's checkpoint (default: newest good); trainable and frozen joined again.
 
+    Adapters that the stage trained are merged into the kernels they belong to. Where it kept an average of what it
+    trained (`optim.averaged`), that is taken.
+
     Args:
       abstract: shapes and shardings of the whole model, of `qwen25_vl.abstract`.
     """
@@ -91,10 +96,29 @@ def load_parameters(abstract: dict, folder, step: int | None = None) -> dict:
         raise checkpoint.CheckpointError(f"no usable checkpoint in {folder}")
     flat = optim.flatten(abstract)
     trained = set(checkpoint.read_meta(folder, step).get("trainable", ()))
-    parts = {"params": {k: v for k, v in flat.items() if k in trained}}
-    parts["frozen"] = {k: v for k, v in flat.items() if k not in trained}
-    tree, _ = checkpoint.restore(folder, parts, step, verify=verify, partial=True, cast=True)
-    return optim.join(tree["params"], tree["frozen"])
+    place = {}  # of each parameter in the checkpoint
+    for path, x in checkpoint.shapes(folder, step).items():
+        part, _, rest = path.partition("/")
+        if part in ("params", "frozen") and rest.rpartition("/")[2] in lora.LEAVES:
+            flat[rest] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_everywhere(flat))
+        if part == "opt_state" and "/average/" in path:
+            place[path.partition("/average/")[2]] = path
+    place = {path: place.get(path, f"{'params' if path in trained else 'frozen'}/{path}") for path in flat}
+    wanted = {place[path]: x for path, x in flat.items()}
+    tree, _ = checkpoint.restore(folder, wanted, step, verify=verify, partial=True, cast=True)
+    plain, adapters = lora.split({path: tree[place[path]] for path in flat})
+    if not adapters:
+        return plain
+    del tree
+    places = None if _everywhere(flat) is None else jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lora.merged, donate_argnums=0, out_shardings=places)(plain, adapters)
+
+
+def _everywhere(abstract: dict):
+    """The sharding of what every device of the abstract arrays' mesh holds; None where they have no mesh."""
+    sharding = next(iter(abstract.values())).sharding
+    spec = jax.sharding.PartitionSpec()
+    return jax.sharding.NamedSharding(sharding.mesh, spec) if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def check_tokenizer(cfg: Config, source) -> None:

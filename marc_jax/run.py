@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import zlib
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, encoders, indexer
 from marc_jax.memory.view import View, normalise
-from marc_jax.models import prompts, qwen25_vl
+from marc_jax.models import lora, prompts, qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
@@ -127,6 +128,15 @@ class Run:
         if source:
             return pretrained.load(source, self.cfg, target)
         return qwen25_vl.init(self.cfg, jax.random.key(self.config.seed), mesh=self.mesh)
+
+    def adapters(self, name: str, how) -> tuple[dict, dict]:
+        """(what trains, scales), flat, of stage `name`'s `lora` settings. Raises ConfigError: they fit no kernel."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(name.encode()))
+        described = qwen25_vl.describe(self.cfg)
+        try:
+            return lora.init(described, how.rank, how.alpha, tuple(how.patterns), key, self.mesh)
+        except ValueError as e:
+            raise ConfigError(f"config.{name}: {e}") from None
 
     def _target(self, trainable: tuple[str, ...]) -> dict:
         target, dtype = qwen25_vl.abstract(self.cfg, mesh=self.mesh), jnp.dtype(self.config.model.frozen_dtype)

@@ -20,7 +20,8 @@ from marc_jax import optim, settings, sharding, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
-from marc_jax.rl import advantages, answers, parity, rewards, rollout, step
+from marc_jax.models import lora
+from marc_jax.rl import advantages, answers, groups, parity, rewards, rollout, step
 from marc_jax.rl.teacher import TeacherCache, weights_hash
 from marc_jax.rl.types import Completions
 from marc_jax.run import Run, embedded
@@ -43,11 +44,15 @@ def build(run: Run, name: str):
 
 def _start(run: Run, name: str, stage):
     """(nested parameters, fresh state, optax chain) of a stage that trains (part of) the model."""
-    params = run.parameters(stage.init, tuple(stage.trainable))
-    trainable, frozen = optim.partition(params, tuple(stage.trainable))
+    whole = settings.trainable(stage)
+    params = run.parameters(stage.init, whole)
+    trainable, frozen = optim.partition(params, whole)
+    if stage.lora.rank:
+        adapters, scales = run.adapters(name, stage.lora)
+        trainable, frozen = trainable | adapters, frozen | scales
     if stage.visual == "features" and any(k.startswith("vision/") and "merger" not in k for k in trainable):
         raise ConfigError(f"config.{name}: visual='features' caches a frozen tower, but trainable includes the tower")
-    tx = optim.make(stage.optimizer, stage.steps)
+    tx = optim.make(stage.optimizer, stage.steps * stage.get("iterations", 1))
     key = jax.random.key(zlib.crc32(f"{run.config.seed}/{name}".encode()))
     return params, run.settle(state.create(tx, trainable, frozen, key=key)), tx
 
@@ -146,10 +151,19 @@ def retriever(run: Run, name: str, stage):
     return first, draw, lambda now, batch: advance(now, bank, *batch), tuple(first.params)
 
 
-def _two_views(run: Run, stage):
-    """Student and teacher: parameters, view, bank and encode of each."""
-    teacher = run.parameters(stage.teacher)
-    return teacher, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
+def _two_views(run: Run, stage, params: dict):
+    """(the teacher's parameters, whether the state holds them too, student's view, teacher's view, teacher's bank).
+
+    Where they are within the state, jitted functions get None in their place, see `_teaching`.
+    """
+    within = settings.teacher_within(stage)
+    teacher = params if within else run.parameters(stage.teacher)
+    return teacher, within, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
+
+
+def _teaching(now: state.TrainState, teacher: dict | None) -> dict:
+    """The teacher's parameters; None: those beneath the student's adapters."""
+    return lora.base(now.model) if teacher is None else teacher
 
 
 def _prompt_pair(run, name, number, view, full):
@@ -165,7 +179,7 @@ def _prompt_pair(run, name, number, view, full):
 def distill(run: Run, name: str, stage):
     """Sample from the student, judge along its tokens by the teacher, update; one compiled step."""
     params, first, tx = _start(run, name, stage)
-    teacher, view, full, teacher_bank = _two_views(run, stage)
+    teacher, within, view, full, teacher_bank = _two_views(run, stage, params)
     most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
     encode, encode_full = _encode(run, view), _encode(run, full)
     sample = step.make_sampler(run.cfg, encode, how, **run.binding)
@@ -180,9 +194,9 @@ def distill(run: Run, name: str, stage):
         keys = rollout.rollout_keys(now.key, now.step, ids_b, stage.group)
         done = sample(jax.lax.stop_gradient(now.model), prompt, visual, keys)
         batch = step.DistillBatch(prompt, visual, full_prompt, full_visual, jax.lax.stop_gradient(done))
-        return update(now, batch, teacher)
+        return update(now, batch, _teaching(now, teacher))
 
-    advance = _jit(advance, first)
+    advance, teacher = _jit(advance, first), None if within else teacher
 
     def learn(now, batch):
         _, (own, index, *others) = batch
@@ -195,16 +209,51 @@ def distill(run: Run, name: str, stage):
 def cgrpo(run: Run, name: str, stage):
     """Rollouts on the device, rewards on the host (text in, floats out), advantages and update on the device."""
     params, first, tx = _start(run, name, stage)
-    teacher, view, full, teacher_bank = _two_views(run, stage)
-    most, bank, how = run.sizes.event, run.bank(stage.visual, params), run.decoding(stage.temperature)
+    teacher, within, view, full, teacher_bank = _two_views(run, stage, params)
+    how, encode = run.decoding(stage.temperature), _encode(run, view)
+    scale, losses = parity.parity(stage.parity, kl_coef=stage.beta)
+    scale = dataclasses.replace(scale, scale=stage.scale or scale.scale)
+    losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)
+    update = step.make_grpo_step(
+        run.cfg, encode, tx, how, losses, iterations=stage.iterations, skip=stage.skip_dead,
+        micro_batches=stage.micro_batches, **run.binding,
+    )  # fmt: skip
+    known = _teacher_cache(run, stage, teacher, how)
+    attempt = _attempt(run, stage, (view, full), (run.bank(stage.visual, params), teacher_bank), how, known)
+
+    def improve(now, teacher, drawn: groups.Groups):
+        gain, values = advantages.group_advantages(drawn.rewards_bg, drawn.bonus_bg, scale)
+        gain = gain * drawn.weight_b[:, None]
+        if stage.credit:
+            gain = gain[..., None] + stage.credit * drawn.credit_bgr
+        batch = step.GRPOBatch(drawn.prompt, drawn.visual, drawn.completions, gain)
+        if stage.skip_dead:
+            batch = groups.without_dead(batch, (gain != 0).reshape(stage.videos, -1).any(1))
+        now, more = update(now, batch, _teaching(now, teacher))
+        return now, values | more
+
+    improve, teacher = _jit(improve, first), None if within else teacher
+
+    def learn(now, batch):
+        drawn, host = attempt(now, teacher, batch)
+        if stage.refill:
+            begin = stage.steps + int(now.step) * stage.refill  # no step draws these numbers, and no other refill
+            further = (_prompt_pair(run, name, n, view, full) for n in range(begin, begin + stage.refill))
+            drawn, more = _refilled(drawn, (attempt(now, teacher, batch)[0] for batch in further))
+            host |= more
+        now, values = improve(now, teacher, drawn)
+        return now, values | host
+
+    return first, lambda n: _prompt_pair(run, name, n, view, full), learn, tuple(first.params)
+
+
+def _attempt(run: Run, stage, both_views, both_banks, how, known: TeacherCache | None) -> Callable:
+    """(state, teacher or None, batch of `_prompt_pair`) -> (Groups, metrics): rollouts, teacher's accuracy, rewards."""
+    (view, full), most = both_views, run.sizes.event
     encode, encode_full = _encode(run, view), _encode(run, full)
     sample, sample_full = (step.make_sampler(run.cfg, e, how, **run.binding) for e in (encode, encode_full))
-    scale, losses = parity.parity(stage.parity, kl_coef=stage.beta)
+    score_full = step.make_scorer(run.cfg, encode_full, how, **run.binding)
     keeping = rewards.RetentionConfig(alpha=stage.alpha, tau=stage.tau)
-    update = step.make_grpo_step(
-        run.cfg, encode, tx, how, losses, micro_batches=stage.micro_batches, **run.binding
-    )
-    known = _teacher_cache(run, stage, teacher, how)
 
     @jax.jit
     def answer(now, bank, index, retriever, queries, prompt, ids_b):
@@ -216,30 +265,47 @@ def cgrpo(run: Run, name: str, stage):
         visual = views.select(full, index, embedded(full, retriever, queries), bank, most, now.step_key)
         # Where the answers are kept on disk they may depend on nothing but the question.
         key, number = (jax.random.fold_in(now.key, 1), now.step) if known is None else (run.config.seed, 0)
-        return sample_full(teacher, prompt, visual, rollout.rollout_keys(key, number, ids_b, stage.teacher_group))
+        keys = rollout.rollout_keys(key, number, ids_b, stage.teacher_group)
+        return sample_full(_teaching(now, teacher), prompt, visual, keys)
 
-    def improve(now, teacher, prompt, visual, done, rewards_bg, bonus_bg):
-        gain_bg, values = advantages.group_advantages(rewards_bg, bonus_bg, scale)
-        now, more = update(now, step.GRPOBatch(prompt, visual, done, gain_bg), teacher)
-        return now, values | more
+    @jax.jit
+    def credit(now, teacher, bank, index, retriever, queries, prompt, done):
+        visual = views.select(full, index, embedded(full, retriever, queries), bank, most, now.step_key)
+        judged_bgr = score_full(_teaching(now, teacher), prompt, visual, done)
+        return advantages.token_credit(judged_bgr, done.logp_bgr, done.mask_bgr)
 
-    improve = _jit(improve, first)
-
-    def learn(now, batch):
+    def attempt(now, teacher, batch):
         asked, (own, index, queries, prompt, full_prompt, ids_b) = batch
-        banks = (bank, teacher_bank) if own is None else (own, own)
-        visual, done = answer(now, banks[0], index, run.retriever, queries, prompt, ids_b)
-        ask_teacher = lambda: judge(  # noqa: E731
-            run, answer_full(now, teacher, banks[1], index, run.retriever, queries, full_prompt, ids_b), asked
-        )[0]
+        own_bank, full_bank = both_banks if own is None else (own, own)
+        visual, done = answer(now, own_bank, index, run.retriever, queries, prompt, ids_b)
+        seen_full = full_bank, index, run.retriever, queries, full_prompt
+        ask_teacher = lambda: judge(run, answer_full(now, teacher, *seen_full, ids_b), asked)[0]  # noqa: E731
         a_full_b = ask_teacher().mean(1) if known is None else _known(known, asked.ids_b.tolist(), ask_teacher)
         right_bg, format_bg = judge(run, done, asked)
         kept = rewards.retention(right_bg, a_full_b, asked.image_b, keeping)
-        now, values = improve(now, teacher, prompt, visual, done, *run.split(right_bg + format_bg, kept.bonus_bg))
+        weight_b = rewards.retention_weight(kept.eta_b if stage.weight else np.zeros(stage.videos))
+        scored = run.split(right_bg + format_bg, kept.bonus_bg, weight_b)
+        credit_bgr = credit(now, teacher, *seen_full, done) if stage.credit else None
         host = {"accuracy": right_bg.mean(), "format": format_bg.mean(), "teacher_accuracy": a_full_b.mean()}
-        return now, values | host | {"retention_bonus": kept.bonus_bg.mean()}
+        host["retention_bonus"] = kept.bonus_bg.mean()
+        return groups.Groups(prompt, visual, done, *scored, credit_bgr), host
 
-    return first, lambda n: _prompt_pair(run, name, n, view, full), learn, tuple(first.params)
+    return attempt
+
+
+def _refilled(drawn: groups.Groups, more) -> tuple[groups.Groups, dict]:
+    """The groups with dead ones replaced by live ones of `more` Groups, taken only while there are dead ones."""
+
+    def live(these):
+        return ~sharding.fetch(advantages.dead_groups(these.rewards_bg + these.bonus_bg))
+
+    batches, live_b = 1, live(drawn)
+    while not live_b.all() and (further := next(more, None)) is not None:
+        exchange = jax.jit(groups.exchanged, out_shardings=jax.tree.map(lambda x: x.sharding, drawn))
+        drawn = exchange(drawn, further, groups.refill_index(live_b, live(further)))
+        batches += 1
+        live_b = live(drawn)
+    return drawn, {"refill/batches": batches, "refill/dead": 1 - live_b.mean()}
 
 
 def _teacher_cache(run: Run, stage, teacher: dict, how) -> TeacherCache | None:

@@ -33,7 +33,9 @@ def get_config():
     c.teacher.init = "clips"
     for name in c.stages[1:]:
         c[name].videos, c[name].steps = 4, 3
-    c.cgrpo.group = 2
+    c.cgrpo.group, c.distill.lora = 2, {{"rank": 2}}
+    c.cgrpo.update(parity="trl", iterations=2, scale="batch", weight="lost", credit=0.1, refill=1, skip_dead=True)
+    c.cgrpo.micro_batches, c.cgrpo.optimizer.ema = 2, 0.9
     c.eval.arms = {{key: c.eval.arms[key] for key in ARMS}}
     c.eval.claims = {{}}
     c.eval.batch, c.eval.pictures, c.log_every, c.save_every = 6, 2, 1, 2

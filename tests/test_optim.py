@@ -148,3 +148,24 @@ def test_bfloat16_moments_decay_and_grow_as_their_float32_arithmetic_says():
     np.testing.assert_allclose(updates["kernel"], want, rtol=2e-2)
     nu = {x.dtype: x for x in jax.tree.leaves(second) if x.ndim and float(x[0]) < 0.1}[jnp.dtype(jnp.bfloat16)]
     np.testing.assert_allclose(np.float32(nu), v, rtol=1e-2)
+
+
+def test_the_average_follows_the_parameters_and_is_handed_on(tmp_path):
+    params = {"a": jnp.ones(3), "b": jnp.zeros(2)}
+    tx = optim.make({"learning_rate": 0.5, "schedule": "constant", "ema": 0.75}, 4)
+    now, want = state.create(tx, params, key=jax.random.key(0)), {k: np.asarray(x) for k, x in params.items()}
+    advance = jax.jit(lambda now: now.apply(tx, jax.tree.map(jnp.ones_like, now.params)), donate_argnums=0)
+    for _ in range(3):
+        now = advance(now)
+        want = {k: 0.75 * x + 0.25 * np.asarray(now.params[k]) for k, x in want.items()}
+    kept = [x for x in jax.tree.leaves(now.opt_state, is_leaf=lambda x: isinstance(x, optim.Averaged))
+            if isinstance(x, optim.Averaged)]  # fmt: skip
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), kept[0].average, want)
+    shapes = state.abstract(tx, params)
+    assert jax.tree.structure(shapes.opt_state) == jax.tree.structure(now.opt_state)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
+def test_a_decay_that_cannot_be_is_refused(decay):
+    with pytest.raises(ValueError, match="ema"):
+        optim.make({"ema": decay}, 4)

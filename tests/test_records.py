@@ -40,6 +40,7 @@ def get_config():
     for name, steps in (("sft", 3), ("cgrpo", 2), ("distill", 2)):
         c[name].update(videos=2, steps=steps)
         c[name].optimizer.update(learning_rate=1e-3)
+    c.cgrpo.lora = {{"rank": 2, "patterns": ("text/layers/.*/kernel", "vision/merger/.*/kernel")}}
     c.cgrpo.group = c.cgrpo.teacher_group = c.distill.group = 2
     c.eval.arms = {{key: c.eval.arms[key] for key in ("teacher", "cgrpo")}}
     for key, field in (("uniform", "select"), ("evs", "method"), ("fastv", "method")):

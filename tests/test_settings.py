@@ -71,3 +71,31 @@ def test_a_baseline_that_does_not_fit_is_one_line(view, message, monkeypatch):
     with pytest.raises(config.ConfigError) as error:
         settings.experiment(QUICKSTART, [o.replace("'", "") for o in overrides])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("lora.rank=-1", "cgrpo.lora: rank must not be negative"),
+        ("lora.alpha=0.0", "cgrpo.lora: rank must not be negative and alpha must be positive"),
+        ("scale=std", "cgrpo.scale = 'std': choose one of '', 'group', 'batch', 'none'"),
+        ("weight=eta", "cgrpo.weight = 'eta': choose one of '', 'lost'"),
+        ("iterations=2", "the loss of parity 'videor1' has no clipping"),
+        ("refill=-1", "cgrpo: iterations must be at least 1, refill and credit not negative"),
+        ("optimizer.ema=1.0", "cgrpo.optimizer.ema = 1.0 must lie in"),
+    ],
+)
+def test_what_a_c_grpo_stage_cannot_do_is_one_line(repo, change, words):
+    with pytest.raises(config.ConfigError, match=words.replace("[", ".")):
+        settings.experiment(str(repo / "experiments" / "quickstart.py"), [f"--config.cgrpo.{change}"])
+
+
+def test_adapters_alone_train_above_the_teacher_only_where_both_start_alike(repo):
+    read = lambda *more: settings.experiment(  # noqa: E731
+        str(repo / "experiments" / "quickstart.py"), ["--config.cgrpo.lora.rank=4", *more]
+    ).cgrpo
+    assert settings.trainable(read()) == () and settings.teacher_within(read())
+    whole = read("--config.cgrpo.lora.whole=('vision/merger/.*',)")
+    assert settings.trainable(whole) == ("vision/merger/.*",) and not settings.teacher_within(whole)
+    assert not settings.teacher_within(read("--config.cgrpo.init=sft"))
+    assert settings.trainable(read("--config.cgrpo.lora.rank=0")) == ("text/.*", "vision/merger/.*")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from marc_jax import optim, settings, sharding, state
 from marc_jax.memory import view as views
 from marc_jax.memory.view import View, Visual
-from marc_jax.models import qwen25_vl
+from marc_jax.models import lora, qwen25_vl
 from marc_jax.rl import rollout, step
 from marc_jax.rl.loss import LossConfig
 from marc_jax.rl.parity import parity
@@ -41,11 +41,15 @@ class Shapes:
     def params(self, dtype):
         return qwen25_vl.abstract(self.cfg, dtype, self.mesh)
 
-    def state(self, tx, trainable, frozen_dtype):
-        """Trained parameters and moments in float32, the frozen rest in `frozen_dtype`."""
+    def state(self, tx, trainable, frozen_dtype, adapters=(), scales=()):
+        """Trained parameters and moments in float32, the frozen rest in `frozen_dtype`; adapters beside them."""
         trained, frozen = optim.partition(self.params(jnp.float32), trainable)
         frozen = {k: jax.ShapeDtypeStruct(x.shape, frozen_dtype, sharding=x.sharding) for k, x in frozen.items()}
-        return state.abstract(tx, trained, frozen, mesh=self.mesh)
+        return state.abstract(tx, trained | dict(adapters), frozen | dict(scales), mesh=self.mesh)
+
+    def adapters(self, how):
+        """(what trains, scales) of a stage's `lora` settings."""
+        return lora.abstract(qwen25_vl.describe(self.cfg), how.rank, tuple(how.patterns), self.mesh)
 
     def prompt(self, b, p) -> PromptBatch:
         rows = self.rows
@@ -221,7 +225,8 @@ class Case:
         self.bind = here.binding | {"attention": attention}
         self.frozen = jnp.dtype(here.config.model.frozen_dtype)
         self.tx = optim.make(stage.optimizer, stage.steps)
-        self.state = shapes.state(self.tx, tuple(stage.trainable), self.frozen)
+        adapters = shapes.adapters(stage.lora) if stage.lora.rank else ({}, {})
+        self.state = shapes.state(self.tx, settings.trainable(stage), self.frozen, *adapters)
         self.how = None
         if stage.kind != "sft":
             how = here.decoding(stage.temperature) if here.tokenizer else _sampling(here.cfg)
@@ -249,18 +254,25 @@ class Case:
             make = step.make_sft_step(self.cfg, look, self.tx, **many)
             return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
         look, *batch = self.seen(stage.view, sizes.question)
-        done, teacher = shapes.completions(b, stage.group, self.how.max_new), shapes.params(self.frozen)
+        done = shapes.completions(b, stage.group, self.how.max_new)
+        teacher = None if settings.teacher_within(stage) else shapes.params(self.frozen)
         if stage.kind == "cgrpo":
             losses = parity(stage.parity, kl_coef=stage.beta)[1]
-            make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **many)
-            gains = shapes.rows((b, stage.group), jnp.float32)
+            losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)
+            more = {"iterations": stage.iterations, "skip": stage.skip_dead}
+            make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **more, **many)
+            gains = shapes.rows(done.mask_bgr.shape if stage.credit else (b, stage.group), jnp.float32)
             return self._program(make, step.GRPOBatch(*batch, done, gains), teacher)
         look_full, *full = self.seen(stage.teacher_view, sizes.question)
         make = step.make_distill_step(self.cfg, look, look_full, self.tx, self.how, **many)
         return self._program(make, step.DistillBatch(*batch, *full, done), teacher)
 
     def _program(self, make, *others) -> Program:
-        return Program(keep_state(make, self.state), (self.state, *others), (0,))
+        def run(now, batch, *teacher):
+            within = teacher == (None,)
+            return make(now, batch, *((lora.base(now.model),) if within else teacher))
+
+        return Program(keep_state(run, self.state), (self.state, *others), (0,))
 
     def rollout(self) -> Program:
         return self._sampling(self.stage.view, optim.join(self.state.params, self.state.frozen), self.stage.group)

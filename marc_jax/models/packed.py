@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax.models import attention, cache, hopper, rope
+from marc_jax.models import attention, cache, hopper, lora, rope
 from marc_jax.models.cache import KV
 from marc_jax.models.hopper import attention as step
 from marc_jax.models.hopper import stream
@@ -45,7 +45,7 @@ def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
     """The packed layout of a decoder's parameters (`params["text"]`); a pure function, usable inside jit.
 
     Args:
-      text: nested dict as `qwen25_vl.init` returns it.
+      text: nested dict as `qwen25_vl.init` returns it; adapters (`lora`) are merged, layer by layer.
       tied: whether the head is the embedding.
       dtype: of the result.
       bits: 16 keeps the weights, 8 quantises every matrix of the layers and the head (norms, biases and the embedding
@@ -63,12 +63,12 @@ def pack(text: dict, tied: bool, *, dtype=jnp.bfloat16, bits: int = 16) -> dict:
         attn, mlp = one["attn"], one["mlp"]
         return {
             "norm1": one["norm1"]["scale"].astype(dtype),
-            "qkv": matrix(*(attn[n]["kernel"] for n in "qkv")),
+            "qkv": matrix(*(lora.kernel(attn[n]) for n in "qkv")),
             "bias": jnp.concatenate([attn[n]["bias"] for n in "qkv"]).astype(dtype),
-            "o": matrix(attn["o"]["kernel"]),
+            "o": matrix(lora.kernel(attn["o"])),
             "norm2": one["norm2"]["scale"].astype(dtype),
-            "gate_up": matrix(mlp["gate"]["kernel"], mlp["up"]["kernel"]),
-            "down": matrix(mlp["down"]["kernel"]),
+            "gate_up": matrix(lora.kernel(mlp["gate"]), lora.kernel(mlp["up"])),
+            "down": matrix(lora.kernel(mlp["down"])),
         }
 
     depth = jax.tree.leaves(text["layers"])[0].shape[0]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax.models import packed, trees
+from marc_jax.models import lora, packed, trees
 from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
 from marc_jax.models.layers import Runtime
@@ -306,7 +306,8 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
     """The model over these parameters; cheap, made for use inside jit.
 
     Args:
-      params: nested dict as `init` returns it, or packed for decoding (`pack`); cast to `dtype` where used.
+      params: nested dict as `init` returns it, with adapters where there are some (`lora`), or packed for decoding
+        (`pack`); cast to `dtype` where used.
       dtype: activation dtype.
       attention: "auto", "xla", "cudnn" or "splash".
       remat: recompute each layer in the backward pass: True or "layer" from its input alone; "attention" keeps all
@@ -315,7 +316,10 @@ def bind(cfg: Config, params: dict, *, dtype=jnp.float32, attention: str = "auto
     runtime = Runtime(jnp.dtype(dtype), attention, remat)
     graphdef, _ = trees.skeleton(Qwen25VL, cfg, runtime)
     if not isinstance(params["text"]["layers"], list):
-        return nnx.merge(graphdef, _rename(params, "vision", "visual"))
+        params, adapters = lora.split(_rename(params, "vision", "visual"))
+        model = nnx.merge(graphdef, params)
+        lora.attach(model, adapters)
+        return model
     visual = nnx.merge(nnx.graphdef(VisionTower(cfg.vision, runtime)), params["vision"])
     return Qwen25VL(cfg, runtime, visual, Packed(cfg.text, runtime, params["text"]))
 
@@ -327,7 +331,7 @@ def pack(cfg: Config, params: dict, dtype=jnp.bfloat16, bits: int = 16) -> dict:
       dtype: of the result.
       bits: 8 quantises the decoder's matrices and the head to int8 with one scale per output.
     """
-    vision = jax.tree.map(lambda w: w.astype(dtype), params["vision"])
+    vision = jax.tree.map(lambda w: w.astype(dtype), lora.merge(params["vision"]))
     text = packed.pack(params["text"], cfg.text.tie_word_embeddings, dtype=dtype, bits=bits)
     return {"vision": vision, "text": text}
 

@@ -2,7 +2,8 @@
 
 Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783: no division), RLOO (2402.14740: leave-one-out baseline).
 With 0/1 accuracy, a constant format reward and scale = "group", a bonus paid to every correct rollout of a group
-cancels: it moves mean and std alike. `alpha_effect` measures that cancellation.
+cancels: it moves mean and std alike. `alpha_effect` measures that cancellation. What does not cancel: scale = "batch"
+or "none", a weight per question (`rewards.retention_weight`), and credit per token (`token_credit`).
 """
 
 import dataclasses
@@ -103,6 +104,16 @@ def alpha_effect(rewards_bg: jax.Array, bonus_bg: jax.Array, config: AdvantageCo
     without_bg = advantages(rewards_bg, config, valid_bg)
     count = rewards_bg.size if valid_bg is None else valid_bg.sum()
     return jnp.abs(with_bg - without_bg).sum(), jnp.asarray(count)
+
+
+def token_credit(teacher_bgr: jax.Array, logp_bgr: jax.Array, mask_bgr: jax.Array, clamp: float = 10.0) -> jax.Array:
+    """Float [B, G, R]: log p_teacher - log p_student of each sampled token, within +-clamp; 0 where masked.
+
+    Times a weight and added to the advantages it makes the update descend the reverse KL to the teacher, which sees
+    every token: the credit that a reward per answer cannot give (on-policy distillation, arXiv 2306.13649).
+    """
+    gap_bgr = jnp.clip(teacher_bgr - logp_bgr, -clamp, clamp)
+    return jax.lax.stop_gradient(jnp.where(mask_bgr, gap_bgr, 0.0))
 
 
 def group_advantages(rewards_bg: jax.Array, bonus_bg: jax.Array, config: AdvantageConfig = AdvantageConfig(),

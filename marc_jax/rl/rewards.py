@@ -116,6 +116,11 @@ def retention(accuracy_bg, a_full_b, is_image_b, config: RetentionConfig = Reten
     return Retention(correct_bg * r_b[:, None], r_b, eta_b, correct_bg)
 
 
+def retention_weight(eta_b) -> np.ndarray:
+    """Float32 [B]: 1 - eta within [0, 1], what compression still loses of a question; 1 where eta is undefined."""
+    return np.clip(1.0 - np.nan_to_num(np.asarray(eta_b, np.float64), nan=0.0), 0.0, 1.0).astype(np.float32)
+
+
 def length_bonus(accuracy_bg, length_bg, config: BonusConfig) -> np.ndarray:
     """Float [B, G]: the bonus for correct rollouts of a wanted length, if more than one of the group is correct."""
     correct_bg = np.asarray(accuracy_bg) > config.correct_above

@@ -10,6 +10,7 @@ gradients are accumulated by a scan, and one division at the end makes the resul
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -153,23 +154,30 @@ def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micr
 
 
 def make_grpo_step(cfg, encode: Encode, tx: optax.GradientTransformation, how: Sampling,
-                   config: LossConfig, *, on_policy: bool = True, micro_batches: int = 1,
-                   chunk: int | None = None, **bind) -> Callable:
-    """One policy update on sampled groups.
+                   config: LossConfig, *, on_policy: bool = True, iterations: int = 1, skip: bool = False,
+                   micro_batches: int = 1, chunk: int | None = None, **bind) -> Callable:
+    """One step, of one or more policy updates, on sampled groups.
 
     Args:
       cfg, encode, tx, micro_batches, chunk, **bind: as for `make_sft_step`.
       how: the sampler's settings: log-probabilities are those of the distribution it drew from.
       config: the loss.
       on_policy: True for the first update after sampling (ratio exactly 1); False takes the sampler's
-        log-probabilities as the old ones (mu > 1, or samples of an older policy).
+        log-probabilities as the old ones (samples of an older policy).
+      iterations: mu, updates on the same samples; those after the first are off policy. They count as one step, and
+        their metrics as one.
+      skip: micro-batches without a token in their masks cost neither a forward nor a backward pass; needs a `config`
+        that does not count empty completions.
 
     Returns:
       step(state, batch, reference=None) -> (state, metrics); `reference`: nested parameters of the reference model,
       scored inside the step when the batch brings no ref_logp_bgr.
     """
 
-    def objective(params, batch: GRPOBatch, reference=None):
+    if skip and config.count_empty:
+        raise ValueError("skip=True needs loss.count_empty=False: the loss would count what was skipped")
+
+    def objective(on_policy, params, batch: GRPOBatch, reference=None):
         stats = _token_stats(
             qwen25_vl.bind(cfg, params, **bind), encode, batch.prompt, batch.visual, batch.completions, how, chunk
         )
@@ -186,7 +194,16 @@ def make_grpo_step(cfg, encode: Encode, tx: optax.GradientTransformation, how: S
         return pair, metrics | _completion_metrics(batch.completions, stats, how)
 
     def step(state: TrainState, batch: GRPOBatch, reference: dict | None = None) -> tuple[TrainState, Metrics]:
-        return _update(state, tx, objective, batch, micro_batches, reference)
+        def update(state, on_policy):
+            used = (lambda part: part.completions.mask_bgr.any()) if skip else None
+            chosen = functools.partial(objective, on_policy)
+            return _update(state, tx, chosen, batch, micro_batches, reference, used=used)
+
+        after, metrics = update(state, on_policy)
+        if iterations > 1:
+            after, more = jax.lax.scan(lambda now, _: update(now, False), after, length=iterations - 1)
+            metrics = _summed(jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), metrics, more))
+        return dataclasses.replace(after, step=state.step + 1), metrics
 
     return step
 
@@ -262,8 +279,16 @@ def _completion_metrics(completions: Completions, stats: logprob.TokenStats | No
     return jax.lax.stop_gradient(metrics)
 
 
-def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others) -> tuple[TrainState, Metrics]:
-    """Gradient of the objective's sum over the batch, divided by its count, through the optimizer."""
+def _summed(stacked: Metrics) -> Metrics:
+    """Metrics of several parts, stacked, as one: pairs added, the largest of single numbers."""
+    return {k: (v[0].sum(), v[1].sum()) if isinstance(v, tuple) else v.max() for k, v in stacked.items()}
+
+
+def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others, used: Callable | None = None):
+    """Gradient of the objective's sum over the batch, divided by its count, through the optimizer.
+
+    `used`: part of the batch -> whether it adds anything to sums and counts; one that does not is passed over.
+    """
 
     def total(params, part):
         (value, count), metrics = objective(optim.join(params, state.frozen), part, *others)
@@ -279,9 +304,16 @@ def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others
             grads, metrics = grad_fn(state.params, part)
             return jax.tree.map(lambda sum_, g: sum_ + g.astype(jnp.float32), carry, grads), metrics
 
+        def pass_over(carry, part):
+            shapes = jax.eval_shape(add, carry, part)[1]
+            return carry, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def visit(carry, part):
+            return add(carry, part) if used is None else jax.lax.cond(used(part), add, pass_over, carry, part)
+
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), state.params)
-        grads, stacked = jax.lax.scan(add, zeros, parts)
-        metrics = {k: (v[0].sum(), v[1].sum()) if isinstance(v, tuple) else v.max() for k, v in stacked.items()}
+        grads, stacked = jax.lax.scan(visit, zeros, parts)
+        metrics = _summed(stacked)
     count = jnp.maximum(metrics["loss"][1], 1)
     scale = 1 / count.astype(jnp.float32)  # a product fuses into each of the gradient's readers, a quotient does not
     grads = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), grads, state.params)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marc_jax.rl.advantages import AdvantageConfig, advantages, alpha_effect, dead_groups, reward_metrics
+from marc_jax.rl import rewards
+from marc_jax.rl.advantages import (
+    AdvantageConfig,
+    advantages,
+    alpha_effect,
+    dead_groups,
+    reward_metrics,
+    token_credit,
+)
 
 REWARDS = [[2.0, 1.0, 0.0, 1.5]]
 
@@ -88,6 +96,40 @@ def test_alpha_acts_where_format_varies():
     rewards, bonus = jnp.array([[2.0, 1.0, 0.0, 1.0]]), jnp.array([[0.12, 0.12, 0.0, 0.0]])
     total, count = alpha_effect(rewards, bonus)
     assert float(total) > 0.01 and int(count) == 4
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=2, max_size=5), st.integers(1, 4))
+def test_the_forms_in_which_retention_acts(correct, teacher):
+    """Plain numpy: r_c per question survives a common scale and no scale, a weight survives any."""
+    correct = np.array(correct, np.float64)
+    a_full = np.full(len(correct), teacher / 4)
+    kept = rewards.retention(correct, a_full, np.zeros(len(correct), bool), rewards.RetentionConfig(alpha=0.5, tau=0.5))
+    eta = np.minimum(correct.mean(1) / a_full, 2.0)
+    r = 0.5 * np.maximum(0, eta - 0.5)
+    centred = (correct - correct.mean(1, keepdims=True)) * (1 + r[:, None])
+    total = correct * (1 + r[:, None])
+    with jax.enable_x64(True):
+        both = jnp.asarray(correct + kept.bonus_bg)
+        np.testing.assert_allclose(advantages(both, AdvantageConfig(scale="none")), centred, atol=1e-9)
+        got = advantages(both, AdvantageConfig(scale="batch", eps=1e-4))
+        np.testing.assert_allclose(got, centred / (total.std(ddof=1) + 1e-4), atol=1e-9)
+        grouped = advantages(both, AdvantageConfig(eps=0.0))
+    plain = np.nan_to_num(
+        (correct - correct.mean(1, keepdims=True)) / np.maximum(correct.std(1, ddof=1, keepdims=True), 1e-12)
+    )
+    weighted = rewards.retention_weight(kept.eta_b)[:, None] * np.asarray(grouped)
+    np.testing.assert_allclose(weighted, np.clip(1 - eta, 0, 1)[:, None] * plain, atol=1e-6)
+
+
+def test_a_question_without_a_ratio_keeps_its_weight():
+    np.testing.assert_array_equal(rewards.retention_weight([np.nan, 0.0, 0.25, 1.0, 2.0]), [1, 1, 0.75, 0, 0])
+
+
+def test_credit_per_token_is_the_clamped_gap_to_the_teacher():
+    teacher, own = jnp.array([[[-0.5, -30.0, -1.0]]]), jnp.array([[[-1.5, -0.1, -9.0]]])
+    got = token_credit(teacher, own, jnp.array([[[True, True, False]]]))
+    np.testing.assert_allclose(got, [[[1.0, -10.0, 0.0]]])
 
 
 def test_reward_metrics_count_dead_groups():

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from marc_jax import optim, state
-from marc_jax.rl import loss, rollout, step
+from marc_jax.rl import groups, loss, rollout, step
 from marc_jax.rl.advantages import group_advantages
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import Completions
@@ -248,3 +248,44 @@ def test_other_divergences_run(data, first, kind, options):
 def test_impossible_distillation_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         step.DistillConfig(**bad)
+
+
+def test_iterations_are_updates_on_the_same_samples(data, first):
+    """mu = 3: on policy, then twice with the sampler's log-probabilities as the old ones; one step in all."""
+    config, batch = loss.LossConfig(kl_coef=0.0), grpo_batch(data, REWARDS)
+    make = functools.partial(step.make_grpo_step, tiny.CONFIG, encode, TX, HOW, config)
+    once, again = jax.jit(make()), jax.jit(make(on_policy=False))
+    now, metrics = once(first, batch)
+    pairs = [metrics]
+    for _ in range(2):
+        now, metrics = again(now, batch)
+        pairs.append(metrics)
+    got, told = jax.jit(make(iterations=3))(first, batch)
+    assert got.step == 1 and now.step == 3
+    close(got.params, now.params, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(told["loss"][0], sum(m["loss"][0] for m in pairs), rtol=1e-3, atol=1e-4)
+    assert told["clip_ratio/region_mean"][1] == 3 * pairs[0]["clip_ratio/region_mean"][1]
+
+
+def test_micro_batches_of_dead_groups_are_passed_over_and_change_nothing(data, first):
+    config = loss.LossConfig(kl_coef=0.1, aggregation="grpo")
+    scored = jnp.where(data["drawn"].mask_bgr, data["drawn"].logp_bgr - 0.1, 0.0)
+    live = jnp.array([True, False, True, False])
+    batch = groups.without_dead(grpo_batch(data, REWARDS, ref_logp_bgr=scored), live)
+    run = {
+        (n, skip): jax.jit(step.make_grpo_step(tiny.CONFIG, encode, TX, HOW, config, skip=skip, micro_batches=n))
+        for n, skip in ((1, False), (4, True))
+    }
+    (whole, one), (parts, two) = (f(first, batch) for f in run.values())
+    close(parts.params, whole.params, atol=1e-5, rtol=1e-4)
+    close(two, one, atol=1e-4, rtol=1e-4)
+    assert two["completions/mean_length"][1] == 2 * G
+    # what a skipped part would compute is not looked at: NaN there does not reach anything
+    poisoned = dataclasses.replace(batch, visual=batch.visual.at[2:].set(jnp.nan))
+    after, _ = run[(4, True)](first, poisoned)
+    close(after.params, parts.params, atol=1e-5, rtol=1e-3)
+
+
+def test_skipping_needs_a_loss_that_counts_no_empty_completions():
+    with pytest.raises(ValueError, match="count_empty"):
+        step.make_grpo_step(tiny.CONFIG, encode, TX, HOW, loss.LossConfig(count_empty=True), skip=True)

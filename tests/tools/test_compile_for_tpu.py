@@ -175,3 +175,20 @@ def test_an_experiment_on_files_gives_updates_and_rollouts_at_its_largest_sizes(
     sample = programs["cgrpo_teacher"]()
     assert sample.args[1].tokens_bp.shape == (8, 16 + 32 * 144 + 512)  # 64 frames, padded
     assert jax.eval_shape(sample.run, *sample.args).tokens_bgr.shape == (8, 8, 768)
+
+
+def test_with_adapters_the_model_is_held_once(repo):
+    """The 3B's C-GRPO update at rank 16: the state has the only model, and moments of the adapters alone."""
+    from tools import tpu_cases
+
+    given = ["--config.cgrpo.videos=8", "--config.cgrpo.lora.rank=16", "--config.cgrpo.skip_dead=True"]
+    given += ["--config.cgrpo.micro_batches=2", "--config.cgrpo.credit=0.1", "--config.only=('cgrpo',)"]
+    preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
+    _, programs, _ = tpu_cases.of_experiment(preset, given, "xla", jax.devices())
+    program = programs["cgrpo"]()
+    now, _, teacher = program.args
+    assert teacher is None and sum(x.size for x in now.params.values()) == 29_933_568
+    moments = sum(x.size for x in jax.tree.leaves(now.opt_state) if x.ndim)
+    assert moments == 2 * 29_933_568
+    after, _ = jax.eval_shape(program.run, *program.args)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), now)
