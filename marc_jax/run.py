@@ -57,11 +57,11 @@ class Run:
     def grid_hw(self) -> tuple[int, int]:
         return self.sampling.grid_hw
 
-    def decoding(self, temperature: float) -> Sampling:
-        """Completions end at any stop token and hold no vision token."""
+    def decoding(self, temperature: float, max_new: int | None = None) -> Sampling:
+        """Completions end at any stop token and hold no vision token. `max_new`: default config.max_new_tokens."""
         tok = self.tokenizer
         return Sampling(
-            self.config.max_new_tokens, tuple(tok.stop_ids), tok.id("<|endoftext|>"), temperature,
+            max_new or self.config.max_new_tokens, tuple(tok.stop_ids), tok.id("<|endoftext|>"), temperature,
             banned_ids=tuple(tok.banned_ids),
         )  # fmt: skip
 
@@ -206,8 +206,8 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     folder = Path(checkpoint_folder)
     folder = folder.parent if folder.name == "checkpoints" else folder
     for workdir, stage in ((folder, ""), (folder.parent, folder.name)):
-        if (workdir / "config.json").exists() and (workdir / "tokenizer.json").exists():
-            config = ConfigDict(settings.completed(json.loads((workdir / "config.json").read_text())))
+        if (kept := _kept(workdir)) and (workdir / "tokenizer.json").exists():
+            config = ConfigDict(settings.completed(kept))
             here = surroundings(config, workdir)
             if here.retriever_stage or not settings.on_files(config):
                 here.load_retriever()
@@ -215,15 +215,36 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
+def served(checkpoint_folder: str) -> tuple[Run, str]:
+    """What index and ask take: `opened`, or a published checkpoint as it is, safetensors or converted, and no stage.
+
+    Raises ConfigError, WeightsError, CheckpointError, TokenizerError: neither there, or one that cannot be read.
+    """
+    folder = Path(checkpoint_folder)
+    runs = (folder,) if (folder / "config.json").exists() else (folder.parent, folder.parent.parent)
+    if any(map(_kept, runs)) or not settings.holds_weights(folder):
+        return opened(checkpoint_folder)
+    pretrained.check(folder)
+    here = surroundings(settings.published(checkpoint_folder), folder, pretrained.tokenizer(folder))
+    pretrained.fits(here.cfg, here.tokenizer)
+    return here, ""
+
+
+def _kept(folder) -> dict | None:
+    """The config of the run in `folder`; None: no run there. Published weights have a config.json too."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if "stages" in config else None
+
+
 def own_encoder(folder) -> encoders.SmallEncoder | None:
     """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
 
     Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
     """
-    try:
-        if "stages" not in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
-            return None  # published weights have a config.json too
-    except (OSError, ValueError):
+    if not _kept(folder):
         return None
     there, _ = opened(folder)
     params = there.parameters(there.config[there.retriever_stage].init)
@@ -336,12 +357,12 @@ def build_set(config, folder: Path) -> None:
             raise ConfigError(f"config.data: {e}") from None
 
 
-def surroundings(config, workdir: Path | None) -> Run:
-    """Everything static of a run that has begun: tokenizer, model sizes, views. Reads no video.
+def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = None) -> Run:
+    """Everything static of a run that has begun: tokenizer (default the workdir's), model sizes, views. Reads no video.
 
     `workdir` None, for a model of published size alone: without a tokenizer, so for its shapes only.
     """
-    tokenizer = None if workdir is None else Tokenizer.load(workdir / "tokenizer.json")
+    tokenizer = tokenizer or (None if workdir is None else Tokenizer.load(workdir / "tokenizer.json"))
     views = {name: View(**config.views[name].to_dict()) for name in config.views}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     if settings.on_files(config):
@@ -370,10 +391,9 @@ def _on_files(config, workdir, tokenizer, views, mesh) -> Run:
     data, size = config.data, config.model.size
     cfg = qwen25_vl.qwen25_vl(size) if size else pretrained.config(config.init_from)
     sampling = indexer.Published(data.fps, data.max_frames, data.frame_tokens, data.image_tokens or data.frame_tokens)
-    patches, lead = data.max_frames // 2, 16
+    patches = data.max_frames // 2
     prompter = tokenizer and Prompter(tokenizer, (1, sampling.tokens), 1.0, prompts.SYSTEM, cache=256)
-    if prompter:
-        lead = prompter.words("", Shape("video", (1, 1), 1.0))[0]
+    lead = prompter.words("", Shape("video", (1, 1), 1.0))[0] if prompter else 16
     events = max(patches, *(view.k for view in views.values()))
     sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)
     return Run(config, workdir, cfg, tokenizer, prompter, sizes, views, sampling, 1.0, mesh)

@@ -110,9 +110,29 @@ def claim() -> ConfigDict:
     return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
 
 
+def published(folder: str) -> ConfigDict:
+    """A published checkpoint that is asked as it is: no stages; frames and precision as in the presets on files.
+
+    Nobody trained it to read merged patches. It reads one patch per retrieved event: what kept most of the teacher
+    untrained on the synthetic set.
+    """
+    c = base()
+    c.title, c.init_from, c.stages, c.max_new_tokens = folder, folder, (), 256
+    c.model.update(dtype="bfloat16", frozen_dtype="bfloat16")
+    c.mesh.update(data=1, fsdp=-1)
+    c.data.fps = 2.0
+    c.views = ConfigDict({name: view() for name in ("full", "whole", "marc", "per_event")})
+    c.views.whole.method = c.views.marc.method = "merge"
+    c.views.marc.select = c.views.per_event.select = "retrieve"
+    c.views.per_event.method = "per_event"
+    c.eval.main, c.eval.arms = "published", ConfigDict({"published": arm()})
+    c.eval.arms.published.view = "per_event"
+    return c
+
+
 def on_files(config) -> bool:
-    """Whether a run trains a published model on files of one's own, and not the synthetic set's."""
-    return bool(config.data.train or config.model.size)
+    """Whether a run is of a published model on files of one's own, and not of the synthetic set's."""
+    return bool(config.data.train or config.model.size or not config.stages)
 
 
 def completed(raw: dict) -> dict:
@@ -184,7 +204,7 @@ def validate(config: ConfigDict) -> None:
     wrong += _file_problems(config) if on_files(config) else []
     if config.eval.rule not in RULES:
         wrong.append(f"eval.rule = {config.eval.rule!r}: choose one of {', '.join(RULES)}")
-    if config.init_from and not _holds_weights(config.init_from):
+    if config.init_from and not holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
     for name in config.stages:
@@ -244,7 +264,7 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
 
     def known(field: str) -> None:
         source = c[field]
-        if source and source not in done and not _holds_weights(source):
+        if source and source not in done and not holds_weights(source):
             wrong.append(f"{name}.{field} = {source!r} is neither an earlier stage nor {WEIGHTS}")
 
     known("init")
@@ -285,7 +305,7 @@ def _can_retrieve(config, done: list[str]) -> bool:
     return on_files(config) or "retriever" in {config[name].kind for name in done if name in config}
 
 
-def _holds_weights(source: str) -> bool:
+def holds_weights(source: str) -> bool:
     """Whether a folder looks like published weights, or has checkpoint steps; they are checked when the run begins."""
     folder = Path(source)
     return (folder / "config.json").exists() or any(
