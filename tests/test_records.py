@@ -137,7 +137,6 @@ def test_a_run_on_files_indexes_and_answers(trained, place, tmp_path):
     assert told.stage == "cgrpo" and told.view == told.here.view("marc") and 0 < warm.tokens < warm.all_tokens
     assert (warm.text, warm.tokens, warm.events) == (cold.text, cold.tokens, cold.events)
     assert Archive(tmp_path / "memory", str(trained / "sft")).ask("What is there?").tokens == warm.tokens
-    Archive(tmp_path / "memory", str(place / "model")).reader  # the same frozen tower: nothing is stale
 
 
 def opened(trained, place, rows=None, **data):
