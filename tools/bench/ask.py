@@ -35,8 +35,8 @@ def made_up(folder: pathlib.Path, size: str) -> dict[str, str]:
     published.write_encoder(folder / "encoder")
     rng, frames = np.random.default_rng(0), []
     for _ in range(SECONDS // SHOT):
-        scene = cv2.resize(rng.integers(0, 256, (9, 18, 3), np.uint8), (960, 270), interpolation=cv2.INTER_CUBIC)
-        frames += [scene[:, 2 * t : 2 * t + 480] for t in range(SHOT * FPS)]
+        scene = cv2.resize(rng.integers(0, 256, (9, 18, 3), np.uint8), (1334, 480), interpolation=cv2.INTER_CUBIC)
+        frames += [scene[:, 5 * t : 5 * t + 854] for t in range(SHOT * FPS)]
     write_video(folder / "video.mp4", np.stack(frames), FPS)
     return {"checkpoint": str(folder / "model"), "encoder": str(folder / "encoder"), "video": str(folder / "video.mp4")}
 
