@@ -34,8 +34,9 @@ def made_up(folder: pathlib.Path, size: str) -> dict[str, str]:
     published.write_model(folder / "model", cfg)
     published.write_encoder(folder / "encoder")
     rng, frames = np.random.default_rng(0), []
-    for _ in range(SECONDS // SHOT):
-        scene = cv2.resize(rng.integers(0, 256, (9, 18, 3), np.uint8), (1334, 480), interpolation=cv2.INTER_CUBIC)
+    for _ in range(SECONDS // SHOT):  # each of a colour of its own, panned over
+        scene = (rng.integers(0, 256, 3) * 3 + rng.integers(0, 256, (9, 18, 3))) // 4
+        scene = cv2.resize(scene.astype(np.uint8), (1334, 480), interpolation=cv2.INTER_CUBIC)
         frames += [scene[:, 5 * t : 5 * t + 854] for t in range(SHOT * FPS)]
     write_video(folder / "video.mp4", np.stack(frames), FPS)
     return {"checkpoint": str(folder / "model"), "encoder": str(folder / "encoder"), "video": str(folder / "video.mp4")}
