@@ -43,9 +43,10 @@ test: venv
 test-all: venv
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
 
-# What goes wrong on purpose, in full; `make test` runs a short form of each.
+# What goes wrong on purpose, in full (hours: ARGS="--effort=0.1 --minutes=5" for less); `make test` runs a short form
+# of each. ARGS=--write puts the table into docs/reliability.md.
 faults: venv
-	$(BIN)/python -m tools.fuzz_decode --videos=$(DATA)/videos --count=2000 $(ARGS)
+	$(BIN)/python -m tools.faults --videos=$(DATA)/videos $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check . $(ARGS)

@@ -36,7 +36,8 @@ EXTRAS = {
     # What google-research/scenic imports. Scenic itself is on no index (the PyPI name `scenic` is another
     # project): pip install --no-deps "scenic @ git+https://github.com/google-research/scenic@4a38d47"
     "scenic": ["tensorflow-cpu>=2.21,<2.22", "clu>=0.0.12", "tensorboard", "immutabledict"],
-    # Beam holds protobuf, pyarrow and numpy back: give it an environment of its own, without the constraint files.
+    # Beam holds numpy, protobuf, pillow and pyarrow back: give it an environment of its own, with
+    # requirements/constraints-beam.txt in place of the other constraint files.
     "beam": ["apache-beam>=2.77"],
     "wandb": ["wandb>=0.19"],
     # Texts beyond ASCII for PE-Core's tokenizer.

@@ -153,6 +153,20 @@ def _whole(x: np.ndarray, like: str) -> np.ndarray:
     return np.clip(x, 0.0, 255.0, out=x)
 
 
+def squash(frames: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [T, H, W, 3] -> [T, size, size, 3] by PIL's antialiased bilinear filter, whatever the aspect ratio."""
+    from PIL import Image
+
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3]")
+    if frames.shape[1:3] == (size, size):
+        return frames
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    for frame, result in zip(frames, out, strict=True):
+        result[...] = Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BILINEAR)
+    return out
+
+
 def resize_frames(frames: np.ndarray, height: int, width: int, like: str = "torchvision") -> np.ndarray:
     """Antialiased bicubic resizing of uint8 [T, H, W, C] to uint8 [T, height, width, C].
 

@@ -1,14 +1,16 @@
-"""Question files in Video-R1's JSON schema, the text a model is asked, and where media files may lie.
+"""Question files in Video-R1's JSON schema, files of (clip, text) pairs, the text a model is asked, and where media
+files may lie.
 
 A file is a JSON list or JSON lines of objects; every mistake is reported with its file, row and field. Media paths
 come from strangers: they are resolved under one data root and may lead nowhere else.
 """
 
 import dataclasses
-import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from data_pipelines.rows import RecordError, read_rows
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 DATA_TYPES = ("video", "image", "frame")  # frame: a folder of pictures, in MVBench only
@@ -39,22 +41,13 @@ TYPE_SUFFIX = {
 }
 
 
-class RecordError(ValueError):
-    """A row of a question file that cannot be used: .file, .row (from 0; None for the whole file), .field, .reason."""
-
-    def __init__(self, file, row: int | None, field: str | None, reason: str):
-        self.file, self.row, self.field, self.reason = os.fspath(file), row, field, reason
-        where = "" if row is None else f", row {row}" + (f", field {field!r}" if field else "")
-        super().__init__(f"{self.file}{where}: {reason}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One question about one video or image, as in Video-R1-260k.json.
 
     `solution` is the answer wrapped as `<answer>X</answer>`; `options` carry their letters ("A. ..."); `process` is the
     worked reasoning of an SFT row; `path` is relative to the data root; `extra` holds every other field of the row,
-    and `row` its place in the file.
+    `row` its place in the file from 0 and `line` the one it starts on from 1, where it has one.
     """
 
     problem_id: int | str
@@ -68,6 +61,7 @@ class Record:
     process: str = ""
     extra: dict = dataclasses.field(default_factory=dict)
     row: int = -1
+    line: int | None = None
 
     @property
     def target(self) -> str:
@@ -75,7 +69,7 @@ class Record:
         return f"{self.process}\n{self.solution}" if self.process else self.solution
 
 
-_FIELDS = {field.name for field in dataclasses.fields(Record)} - {"extra", "row"}
+_FIELDS = {field.name for field in dataclasses.fields(Record)} - {"extra", "row", "line"}
 
 
 def _shown(value) -> str:
@@ -83,34 +77,38 @@ def _shown(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_record(raw, file, row: int) -> Record:
+def parse_record(raw, file, row: int, line: int | None = None) -> Record:
     """Checks one decoded JSON object; RecordError names the first wrong field."""
+
+    def wrong(field, reason):
+        return RecordError(file, row, field, reason, line)
+
     if not isinstance(raw, dict):
-        raise RecordError(file, row, None, f"is {type(raw).__name__}, not an object")
+        raise wrong(None, f"is {type(raw).__name__}, not an object")
 
     def text(name, default=None, allowed=None):
         value = raw.get(name, default)
         if value is None:
             if default is not None:
                 return default
-            raise RecordError(file, row, name, "is missing")
+            raise wrong(name, "is missing")
         if not isinstance(value, str):
-            raise RecordError(file, row, name, f"is {_shown(value)}, not a text")
+            raise wrong(name, f"is {_shown(value)}, not a text")
         if default is None and not value.strip():
-            raise RecordError(file, row, name, "is empty")
+            raise wrong(name, "is empty")
         if allowed and value not in allowed:
-            raise RecordError(file, row, name, f"is {_shown(value)}, not one of {', '.join(allowed)}")
+            raise wrong(name, f"is {_shown(value)}, not one of {', '.join(allowed)}")
         return value
 
     number = raw.get("problem_id", row)
     if isinstance(number, bool) or not isinstance(number, int | str):
-        raise RecordError(file, row, "problem_id", f"is {_shown(number)}, not a number or a text")
+        raise wrong("problem_id", f"is {_shown(number)}, not a number or a text")
     options = raw.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise RecordError(file, row, "options", f"is {_shown(options)}, not a list of texts")
+        raise wrong("options", f"is {_shown(options)}, not a list of texts")
     problem_type = text("problem_type", allowed=PROBLEM_TYPES)
     if problem_type == "multiple choice" and len(options) < 2:
-        raise RecordError(file, row, "options", f"holds {len(options)} of a multiple choice question, fewer than 2")
+        raise wrong("options", f"holds {len(options)} of a multiple choice question, fewer than 2")
     return Record(
         problem_id=number,
         problem=text("problem"),
@@ -123,46 +121,75 @@ def parse_record(raw, file, row: int) -> Record:
         process=text("process", ""),
         extra={name: value for name, value in raw.items() if name not in _FIELDS},
         row=row,
+        line=line,
     )
 
 
-def _rows(file):
-    """Yields (row, decoded object or RecordError) of a JSON list or of JSON lines."""
-    try:
-        with open(file, encoding="utf-8") as handle:
-            content = handle.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(file, None, None, f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if content.lstrip()[:1] == "[":
-        try:
-            yield from enumerate(json.loads(content))
-        except json.JSONDecodeError as error:
-            raise RecordError(file, None, None, f"is no JSON ({error})") from None
-        return
-    row = 0
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                yield row, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield row, RecordError(file, row, None, f"line {number} is no JSON ({error})")
-            row += 1
-    if row == 0:
-        raise RecordError(file, None, None, "holds no rows")
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A clip and a text that says what it shows, one object of a file of pairs:
+
+        {"path": "videos/a.mp4", "text": "a red car turns left", "start": 3.0, "end": 7.5}
+
+    `path` is relative to the data root; `start` and `end` are seconds of the video, its beginning and its end where
+    they are left out; `row` is the place in the file. Other fields are ignored.
+    """
+
+    path: str
+    text: str
+    start: float | None = None
+    end: float | None = None
+    row: int = -1
+
+
+def parse_pair(raw, file, row: int, line: int | None = None) -> Pair:
+    """Checks one decoded JSON object; RecordError names the first wrong field."""
+
+    def wrong(field, reason) -> RecordError:
+        return RecordError(file, row, field, reason, line)
+
+    if not isinstance(raw, dict):
+        raise wrong(None, f"is {type(raw).__name__}, not an object")
+    for name in ("path", "text"):
+        if not isinstance(raw.get(name), str) or not raw[name].strip():
+            raise wrong(name, f"is {_shown(raw[name])}, not a text" if name in raw else "is missing")
+    times = raw.get("start"), raw.get("end")
+    for name, value in zip(("start", "end"), times, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+            raise wrong(name, f"is {_shown(value)}, not a number of seconds")
+    if None not in times and times[0] >= times[1]:
+        raise wrong("end", f"is {times[1]}, not after the start {times[0]}")
+    return Pair(raw["path"], raw["text"], *times, row)
+
+
+def load_pairs(file, *, errors: list | None = None) -> list[Pair]:
+    """Reads a file of (clip, text) pairs; `errors` as for `load_records`."""
+    return _load(file, parse_pair, errors)
 
 
 def load_records(file, *, errors: list | None = None) -> list[Record]:
-    """Reads a question file (JSON list or JSON lines).
+    """Reads a question file (JSON list, JSON lines, CSV or Parquet), or the "train" split of a `video_r1` set's folder.
 
     With `errors` given, a RecordError of each bad row is appended to it and the row is left out (`Record.row` keeps
     the numbering of the file); otherwise the first one is raised. A file that cannot be parsed at all always raises.
     """
+    if os.path.isdir(file):
+        from data_pipelines.video_r1.read import Stored  # which knows this module
+
+        try:
+            return list(Stored(file))
+        except ValueError as error:
+            raise RecordError(file, None, None, str(error)) from None
+    return _load(file, parse_record, errors)
+
+
+def _load(file, parse: Callable, errors: list | None) -> list:
     records = []
-    for row, raw in _rows(file):
+    for row, line, raw in read_rows(file):
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            records.append(parse_record(raw, file, row))
+            records.append(parse(raw, file, row, line))
         except RecordError as error:
             if errors is None:
                 raise

@@ -16,7 +16,9 @@ from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoI
 from data_pipelines.decoders import open_reader
 from data_pipelines.patches import VideoBudget, resize_frames
 
-__all__ = ["Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_frames", "read_image", "sample_indices"]
+__all__ = [
+    "Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_folder", "read_frames", "read_image", "sample_indices",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +173,54 @@ def read_frames(
             index = np.append(index, index[-1])
         frames = _collect(reader, index, resize, limits)
         return Clip(frames, reader.times[index], reader.info, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pictures:
+    """The pictures of a folder, read like the frames of a file."""
+
+    path: str
+    names: list[str]
+    info: VideoInfo
+    limits: Limits
+
+    def decode(self, index):
+        for i in index:
+            picture = read_image(self.names[i], limits=self.limits)
+            if picture.shape[:2] != (self.info.height, self.info.width):
+                size = f"{picture.shape[1]}x{picture.shape[0]}"
+                raise VideoError(self.names[i], f"is {size}, the first picture {self.info.width}x{self.info.height}")
+            yield i, picture
+
+
+def read_folder(
+    path, *, rate: float, fps: float | None = 2.0, max_frames: int = 64, min_frames: int = 4,
+    start: float | None = None, end: float | None = None, resize=None, limits: Limits = DEFAULT_LIMITS,
+) -> Clip:  # fmt: skip
+    """`read_frames` of a folder of pictures named by their number (00001.jpg and on), `rate` per second.
+
+    Links are not followed. Raises VideoError: no such pictures, one that cannot be read, sizes that differ.
+    """
+    if not os.path.isdir(path):
+        raise VideoError(path, "no folder of pictures")
+    files = [entry.path for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)]
+    stems = {os.path.splitext(os.path.basename(file))[0]: file for file in files}
+    names = [stems[stem] for stem in sorted((s for s in stems if s.isascii() and s.isdigit()), key=int)]
+    if not names:
+        raise VideoError(path, "holds no pictures named by numbers")
+    height, width = read_image(names[0], limits=limits).shape[:2]
+    info = VideoInfo(width, height, rate, len(names), len(names) / rate, "pictures")
+    times = np.arange(len(names)) / rate
+    try:
+        index = sample_indices(
+            times, rate, fps=fps, max_frames=max_frames, min_frames=min_frames, start=start, end=end
+        )
+    except ValueError as error:
+        raise VideoError(path, str(error)) from None
+    if len(index) % 2:
+        index = np.append(index, index[-1])
+    reader = _Pictures(os.fspath(path), names, info, limits)
+    return Clip(_collect(reader, index, resize, limits), times[index], info, index)
 
 
 def _collect(reader, index, resize, limits) -> np.ndarray:

@@ -11,7 +11,8 @@ what is checked and what happens to a file: docs/training.md.
 
 Measured on 2026-11-22: one NVIDIA H200, jax 0.11.2, 16 questions per step about eight real videos (10 to 30 temporal
 patches), 256 new tokens instead of 768, random weights of the 3B's shapes and a tiny random encoder; four steps each,
-the first (which compiles) left out; so no word on what is learned:
+the first (which compiles) left out; the training step as it was before one pass took a prompt and its group. So no word
+on what is learned:
     cgrpo    7.5 s per step with the teacher's eight answers from all tokens, 4.4 s where they are known (a question's
              later epochs); the first step 72 s, compiling included
     sft      0.9 s per step; the first 27 s

@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 
 from data_pipelines import loader, patches, sandbox
 from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import files, records, run, settings
+from marc_jax import files, pretrained, records, run, settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
-from marc_jax.memory import retrieve, store
+from marc_jax.memory import store
 from marc_jax.memory.indexer import Decoded, Indexer
+from marc_jax.memory.table import EventTable
 
 SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
 FLUSH_SECONDS = 30.0
@@ -83,7 +83,7 @@ class Archive:
 
     def __init__(
         self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = "",
-        decode_seconds: float | None = None, max_new: int | None = None,
+        approx: bool = False, decode_seconds: float | None = None, max_new: int | None = None,
     ):  # fmt: skip
         """Args:
         memory: its folder; None: videos are indexed when they are asked about, and forgotten.
@@ -92,11 +92,12 @@ class Archive:
         view: one of the run's views to answer with; default the stage's. A published model has those of
           `settings.published`: one patch per retrieved event, and without an encoder all of the video ("full").
         max_new: most tokens of an answer; default the run's.
+        approx: search the archive by `lax.approx_max_k`: faster on TPU, and may miss an event (`retrieve.search`).
         decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
-        self.folder = None if memory is None else Path(memory)
+        self.folder, self.approx = None if memory is None else Path(memory), approx
         if self.folder and self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"--memory={memory}: a file, not a folder")
         told = Settings(*(os.path.realpath(p) if p else "" for p in (checkpoint, encoder, shots)), pool)
@@ -106,7 +107,7 @@ class Archive:
             which = f" ({_lacking(self.folder) or f'{memory} does not say'})" if self.folder else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
         try:
-            self.here, stage = run.served(self.settings.checkpoint)
+            self.here, stage = _opened(self.settings.checkpoint)
         except ConfigError as e:
             hint = "" if checkpoint else f"; {memory} was made with it: give --checkpoint=FOLDER, where it is now"
             raise ConfigError(f"{e}{hint}") from None
@@ -160,7 +161,8 @@ class Archive:
         done.videos, done.failed = found.total, dict(found.failed)
         for place, reason in done.failed.items():
             report and report(place, reason)
-        writer = store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer = store.MemoryWriter(self.folder, self.indexer.fingerprint, tokens=tokens, reader=self.reader)
         pool = sandbox.Pool(max(1, min(workers, len(found.files))), self.decode_seconds)
         decode = functools.partial(self._decode, writer, read or pool.read_frames)
         work = loader.decode_ahead(found.files, decode, workers)
@@ -180,6 +182,7 @@ class Archive:
                 if stop():
                     done.stopped = finished < found.total
                     break
+        self.reader.refresh()
         done.seconds = time.monotonic() - begun
         return done
 
@@ -274,8 +277,7 @@ class Archive:
         """Sees what was added since the last question. ConfigError where there is nothing."""
         if lacking := _lacking(self.folder):
             raise ConfigError(f"{lacking}; index videos first: python -m marc_jax.index")
-        if self.reader.refresh():
-            self.__dict__.pop("_table", None)
+        self.reader.refresh()
 
     def _named(self, name: str) -> str:
         """The id of a video given by its file: by name, or by content where it was indexed under another name."""
@@ -307,35 +309,14 @@ class Archive:
                 "this view looks at whole videos: name one with --video=FILE, or --view=NAME of a view that retrieves"
                 + ("" if self.encoder or self.here.retriever else f" (it needs {ENCODER})")
             )
-        names, owner_n, event_n, emb_nd, mask_n, frames = clock.once("memory", lambda: self._table)
-        k = min(self.view.k * frames, len(owner_n))
-        _, ids = clock.once("search", lambda: _search(query, emb_nd, mask_n, k))
-        best = {event_n[row]: names[owner_n[row]] for row in np.asarray(ids)[0].tolist() if row >= 0}
-        return sorted(set(list(best.values())[: 1 if self.on_files else self.view.k]))
+        clock.once("memory", lambda: self._events.update(self.reader))
+        k = 1 if self.on_files else self.view.k
+        best = clock.once("search", lambda: self._events.nearest(query[0], k))
+        return sorted({name for name, _ in best})
 
     @functools.cached_property
-    def _table(self):
-        """(videos by name, [N] the video of each row, [N] its event, rows [M, D] and mask [M] on the device, rows of
-        one event).
-
-        One row is one event, or one frame of an event where `pool` is "max"; M is N rounded up to a power of two.
-        """
-        names = sorted(self.reader)
-        parts = [self.reader.head(name).event_embeddings for name in names]
-        parts = [part if part.ndim == 3 else part[:, None] for part in parts]
-        rows_e = np.concatenate([np.full(len(part), part.shape[1]) for part in parts])
-        owner_e = np.repeat(np.arange(len(names)), [len(part) for part in parts])
-        emb_nd = np.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
-        size = 1 << (len(emb_nd) - 1).bit_length()
-        padded = np.concatenate([emb_nd, np.zeros((size - len(emb_nd), emb_nd.shape[1]), np.float32)])
-        mask = np.arange(size) < len(emb_nd)
-        event_n = np.repeat(np.arange(len(owner_e)), rows_e)
-        return names, owner_e[event_n], event_n, jax.device_put(padded), jax.device_put(mask), int(rows_e.max())
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _search(query_qd, emb_nd, mask_n, k):
-    return retrieve.search(query_qd, emb_nd, k, mask_n=mask_n)
+    def _events(self) -> EventTable:
+        return EventTable(self.here.mesh.devices, approx=self.approx)
 
 
 def frame_jpeg(path, seconds: float, read: Callable = read_frames, height: int = 180) -> bytes | None:
@@ -352,6 +333,21 @@ def frame_jpeg(path, seconds: float, read: Callable = read_frames, height: int =
 
 def _length(entry: store.MemoryEntry) -> float:
     return float(entry.extra.get("duration") or entry.event_seconds.max())
+
+
+def _opened(checkpoint: str) -> tuple[run.Run, str]:
+    """(run, stage) as `run.opened`; or a published checkpoint as it is, safetensors or converted, and no stage.
+
+    Raises ConfigError, WeightsError, CheckpointError, TokenizerError: neither there, or one that cannot be read.
+    """
+    folder = Path(checkpoint)
+    runs = (folder,) if (folder / "config.json").exists() else (folder.parent, folder.parent.parent)
+    if any(map(run.kept_config, runs)) or not settings.holds_weights(folder):
+        return run.opened(checkpoint)
+    pretrained.check(folder)
+    here = run.surroundings(settings.published(checkpoint), folder, pretrained.tokenizer(folder))
+    pretrained.fits(here.cfg, here.tokenizer)
+    return here, ""
 
 
 def _values(settings: Settings) -> tuple:

@@ -28,6 +28,7 @@ flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide vid
 flags.DEFINE_float("decode_seconds", None, "How long decoding a file may take, default 1800.", lower_bound=1)
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
 flags.DEFINE_integer("max_new", None, "Most tokens of the answer; default the run's; published: 256.", lower_bound=1)
+flags.DEFINE_bool("approx", False, "Search the archive by lax.approx_max_k: faster on TPU, may miss an event.")
 flags.DEFINE_string("picture", "ask.html", "Where the picture goes, .html or .png; empty: none.")
 flags.DEFINE_integer("repeat", 1, "How often the question is asked after it has been compiled.", lower_bound=1)
 
@@ -45,7 +46,8 @@ def main() -> None:
 
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
-        shots=wanted.shots or "", view=wanted.view or "", decode_seconds=wanted.decode_seconds, max_new=wanted.max_new,
+        shots=wanted.shots or "", view=wanted.view or "", approx=wanted.approx, decode_seconds=wanted.decode_seconds,
+        max_new=wanted.max_new,
     )  # fmt: skip
     archive.ask(wanted.question, wanted.video)
     answers = [archive.ask(wanted.question, wanted.video) for _ in range(wanted.repeat)]

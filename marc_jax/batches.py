@@ -210,8 +210,9 @@ class Asked:
         if self.shapes is None:
             return index
         tokens_b = np.array([np.prod(shape.hw) for shape in self.shapes], np.int32)
+        wide_b = np.array([shape.hw[1] for shape in self.shapes], np.int32)
         rate_b = np.array([shape.rate for shape in self.shapes], np.float32)
-        return dataclasses.replace(index, shapes=Shapes(tokens_b, rate_b))
+        return dataclasses.replace(index, shapes=Shapes(tokens_b, wide_b, rate_b))
 
     @property
     def image_b(self) -> np.ndarray:

@@ -11,6 +11,7 @@ step. Orbax itself has no checksum (8 bit flips per file in its data files: 15 o
 manifest. A hash finds damage; it is no signature. Directories are local or shared file systems (mount a bucket).
 """
 
+import contextlib
 import errno
 import functools
 import json
@@ -36,6 +37,10 @@ from marc_jax.paths import unflatten
 _LARGEST_LIST = 5
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+
+
+# What Orbax raises is said in one line by whoever calls; its threads would log the same with a long stack trace each.
+logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class CheckpointError(UserError):
@@ -108,8 +113,8 @@ def save(
 
     def finish():
         with _Failure(directory, step, partial):
-            writer.wait_until_finished()
-            writer.close()
+            with contextlib.closing(writer):
+                writer.wait_until_finished()
             if jax.process_index() == 0:
                 if not all(x.complete for x in lazy):
                     raise RuntimeError("Orbax did not write a streamed array chunk by chunk: unknown version")
@@ -243,10 +248,15 @@ def _restore_args(x: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
 def _placed(value, x):
     sharding = getattr(x, "sharding", None)
     if _is_key(x):
-        wrap = functools.partial(jax.random.wrap_key_data, impl=_KEY_KINDS[str(x.dtype)])
-        # jit, since device_put cannot place a key on the devices of other processes.
-        return wrap(np.asarray(value)) if sharding is None else jax.jit(wrap, out_shardings=sharding)(value)
+        return _key_maker(_KEY_KINDS[str(x.dtype)], sharding)(value if sharding is not None else np.asarray(value))
     return value if sharding is not None else jax.numpy.asarray(value)
+
+
+@functools.cache
+def _key_maker(kind: str, sharding):
+    wrap = functools.partial(jax.random.wrap_key_data, impl=kind)
+    # jit, since device_put cannot place a key on the devices of other processes.
+    return wrap if sharding is None else jax.jit(wrap, out_shardings=sharding)
 
 
 def _is_key(x) -> bool:
@@ -359,12 +369,14 @@ class _Failure:
         if jax.process_index() == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
         number, text = getattr(error, "errno", None), str(error)
+        if told := re.search(r"os_error_code='(\d+)'", text):  # of TensorStore, which raises ValueError
+            number = int(told[1])
         if number in (errno.ENOSPC, errno.EDQUOT) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
             reason = "no space left on the disk"
-        elif isinstance(error, OSError):
-            reason = error.strerror or text
-        elif "PERMISSION_DENIED" in text or "Read-only file system" in text:
-            reason = "not writable"
+        elif number:
+            reason = os.strerror(number)
+        elif isinstance(error, OSError | ValueError):
+            reason = " ".join(text.split())[:300]
         else:
             return
         good = steps(self.directory)

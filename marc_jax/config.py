@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+_OUTSIDE = (errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
 _overrides: list[str] = []
 
 
@@ -320,7 +321,8 @@ def _known_error(error: Exception) -> tuple[str, int] | None:
             f"with the same command: {_command()}",
             1,
         )
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError) and error.filename:
+    outside = isinstance(error, OSError) and error.errno in _OUTSIDE
+    if (outside or isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError)) and error.filename:
         # A path the user gave; a file of the program itself that is missing is a defect and keeps its traceback.
         if pathlib.Path(__file__).parent not in pathlib.Path(os.path.abspath(error.filename)).parents:
             return f"{error.filename}: {error.strerror}", 2

@@ -4,6 +4,11 @@
     python -m marc_jax.eval --config=experiments/quickstart.py --checkpoint=runs/quickstart/sft --out=/tmp/sft
 
 With a run's folder all arms of config.eval are answered, with a stage's folder those of that stage and the teacher's.
+
+On a published benchmark the checkpoint is a folder of weights or a stage's; the same command goes on where it stopped:
+
+    python -m marc_jax.eval --config=experiments/eval_benchmark.py:videomme --checkpoint=Qwen2.5-VL-3B-Instruct \\
+        --config.data.test=eval_videomme.json --config.data.root=VIDEOS --arms=full,whole --out=OUT
 """
 
 import time
@@ -17,12 +22,18 @@ from marc_jax import settings
 flags.DEFINE_string("config", None, "Config file of the run; its eval section says which arms there are.")
 flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stages.")
 flags.DEFINE_string("out", None, "Where the report goes; default <checkpoint>/eval.")
+flags.DEFINE_string("against", "", "On a benchmark: --out of another evaluation, compared question by question.")
+flags.DEFINE_list("arms", [], "On a benchmark: only these arms of config.eval.arms.")
+flags.DEFINE_bool("skip_bad", False, "On a benchmark: leave out rows and videos that cannot be used, and count them.")
 
 
 def main() -> None:
     if not flags.FLAGS.config or not flags.FLAGS.checkpoint:
         raise configs.ConfigError("--config=FILE.py and --checkpoint=FOLDER are both required")
     config = settings.experiment(flags.FLAGS.config)
+    if config.eval.benchmark:
+        on_benchmark(config)
+        return
     if settings.on_files(config) and not config.data.test:
         raise configs.ConfigError("config.data.test = '': which question file ? (Video-R1's JSON)")
     started = time.monotonic()
@@ -32,12 +43,29 @@ def main() -> None:
 
     here, stage = run.opened(flags.FLAGS.checkpoint)
     settings.keep(config, here.workdir / "config.json", write=False)
-    here.config = config
+    here.config, here.views = config, run.views_of(config, here.cfg)
     if stage and stage not in config.stages:
         raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of {flags.FLAGS.config}")
     arms = [a for a in config.eval.arms if not stage or config.eval.arms[a].stage == stage or a == config.eval.teacher]
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval")
-    results = experiment.report_on(here, {}, started, arms=arms, folder=out)
+    show(experiment.report_on(here, {}, started, arms=arms, folder=out))
+
+
+def on_benchmark(config) -> None:
+    from marc_jax.evaluation import grounding, harness
+
+    config.data.skip_bad |= flags.FLAGS.skip_bad
+    out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval" / config.eval.benchmark)
+    if config.eval.benchmark == "qvhighlights":
+        for name, value in grounding.evaluate(config, flags.FLAGS.checkpoint, out)["metrics"].items():
+            print(f"{value:6.2f}  {name}")
+        return
+    results = harness.evaluate(config, flags.FLAGS.checkpoint, out, flags.FLAGS.arms, flags.FLAGS.against)
+    show({"arms": [arm for arm in results["arms"] if (arm.get("headline") or {}).get("accuracy") is not None]})
+    print(f"report: {out / 'report.html'}")
+
+
+def show(results: dict) -> None:
     for arm in results["arms"]:
         low, high = arm["headline"]["ci95"]
         score = f"{arm['headline']['accuracy']:6.1f}  [{low:5.1f}, {high:5.1f}]"

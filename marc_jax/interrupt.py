@@ -47,9 +47,10 @@ class Interrupt:
             return self.received is not None
         from jax.experimental import multihost_utils
 
-        received = multihost_utils.process_allgather(np.int32(self.received or 0))
-        self.received = int(np.max(received)) or None
-        return self.received is not None
+        received = int(np.max(multihost_utils.process_allgather(np.int32(self.received or 0))))
+        if received:  # a signal that came since is not forgotten: it is told at the next step
+            self.received = received
+        return bool(received)
 
     def stop(self, step: int) -> None:
         """Raises `Stopped` after the state of `step` was saved: exit code 0 after SIGTERM, 130 after Ctrl-C."""

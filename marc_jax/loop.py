@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from marc_jax import checkpoint, locks, metrics, optim
+from marc_jax import checkpoint, guard, locks, metrics, optim
 from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
@@ -20,12 +21,16 @@ SHOWN = ("loss", "accuracy", "reward", "recall@3")
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long a stage runs and how often it speaks and saves; all in steps."""
+    """How long a stage runs and how often it speaks and saves; all in steps.
+
+    `skip`: so many steps in a row may be held back (`guard`) before the stage stops.
+    """
 
     steps: int
     log_every: int = 20
     save_every: int = 1000
     keep: int = 2
+    skip: int = 0
 
 
 def fit(
@@ -59,8 +64,9 @@ def fit(
     Raises:
       LockedError: another process runs this stage in this workdir.
       CheckpointError: there are checkpoints and none is whole; another state's; the disk is full.
-      NonFiniteError: a metric of a step, or a parameter about to be saved, is NaN or infinite. The samples are in
-        `<workdir>/<name>/nonfinite.json`; such a state is never saved.
+      NonFiniteError: a metric of a step, or a parameter about to be saved, is NaN or infinite, or more steps in a row
+        were held back than may be. The samples are in `<workdir>/<name>/nonfinite.json`; such a state is never saved.
+        Those of steps that were left out are in `skipped.jsonl` beside it.
     """
     first = jax.process_index() == 0
     lock = locks.held(Path(workdir) / name / ".lock", f"stage {name!r} in {workdir}")
@@ -75,6 +81,8 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
     started = time.monotonic()
     if begin >= pace.steps:
         return state, 0.0
+    if jax.process_index() == 0:
+        metrics.cut(folder.parent / "skipped.jsonl", begin)
     with (
         metrics.Writer(workdir, name, resume_step=begin) as writer,
         metrics.Progress(name, total=pace.steps, start=begin) as progress,
@@ -82,26 +90,27 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
     ):
         coming = ahead.submit(draw, begin)
         rows = [{key: tuple(pair) for key, pair in saved.get("metrics", {}).items()}]  # since the last line of the log
+        checked = functools.partial(_checked, folder=folder, samples=samples, skip=pace.skip)
         unchecked = {}  # metrics of steps that nobody has looked at yet
         for step in range(begin, pace.steps):
             batch = coming.result()
             if step + 1 < pace.steps:
                 coming = ahead.submit(draw, step + 1)
             state, values = step_fn(state, batch)
-            unchecked[step + 1] = values
+            unchecked[step + 1] = values | guard.told(state.opt_state)
             last = step + 1 == pace.steps
             asked = stop is not None and stop.requested()
             logs = (step + 1) % pace.log_every == 0 or last
             saves = (step + 1) % pace.save_every == 0 or last or asked
             if logs or saves:
-                rows += _finite(unchecked, folder, samples)
+                rows += checked(unchecked)
                 unchecked = {}
             if logs:
                 row = writer.write(step + 1, metrics.merge(*rows))
                 rows = []
                 progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
             if saves:
-                _finite({step + 1: _soundness(state)}, folder, samples)
+                checked({step + 1: _soundness(state)})
                 told = {"stage": name, **meta, "metrics": metrics.merge(*rows)}
                 checkpoint.save(folder, step + 1, state, told, keep=pace.keep)
             if asked:
@@ -134,20 +143,35 @@ def _soundness(state: TrainState) -> dict:
     return {path: jnp.where(jnp.isfinite(x).all(), 1.0, jnp.nan) for path, x in floats.items()}
 
 
-def _finite(values: dict[int, dict], folder: Path, samples: Callable | None) -> list[dict]:
-    """The metrics of these steps, on the host. Raises NonFiniteError for the first step that holds a NaN."""
-    values = jax.device_get(values)
-    for step, row in values.items():
-        bad = metrics.non_finite(row)
+def _checked(values: dict[int, dict], folder: Path, samples: Callable | None, skip: int) -> list[dict]:
+    """The metrics of these steps, on the host; of one that was held back, only that. NonFiniteError as `fit` says."""
+    rows = []
+    for step, row in jax.device_get(values).items():
+        held, in_a_row = int(row.pop("held", -1)), int(row.pop("in_a_row", 0))
+        bad, how = metrics.non_finite(row), "not finite"
+        if held == guard.SPIKE:
+            bad, how = ["loss"], "far above the last ones"
+        elif held == guard.NOT_FINITE and not bad:
+            bad = ["gradient"]
         if not bad:
+            rows.append(row if held < 0 else row | {"skipped": (0.0, 1.0)})
             continue
         batch = samples(step - 1) if samples is not None else {}
-        note, good = "", checkpoint.steps(folder)
-        if jax.process_index() == 0:
-            path = folder.parent / "nonfinite.json"
-            told = {"step": step, "names": bad, "metrics": {k: str(v) for k, v in row.items()}, "batch": batch}
-            path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            note = f" (all of it in {path})"
+        told = {"step": step, "names": bad, "how": how, "metrics": {k: str(v) for k, v in row.items()}, "batch": batch}
+        if held > guard.APPLIED and in_a_row <= skip:
+            _tell(folder.parent / "skipped.jsonl", json.dumps(told) + "\n", "a")
+            rows.append({"skipped": (1.0, 1.0)})
+            continue
+        path, good = folder.parent / "nonfinite.json", checkpoint.steps(folder)
+        _tell(path, json.dumps(told, indent=1) + "\n", "w")
+        note = f" (all of it in {path})" if jax.process_index() == 0 else ""
+        note += f"; the last of {in_a_row} such steps in a row" if in_a_row > 1 else ""
         note += f"; step {good[-1]} in {folder} is intact" if good else "; no step was saved before it"
-        raise metrics.NonFiniteError(step, bad, batch, note)
-    return [*values.values()]
+        raise metrics.NonFiniteError(step, bad, batch, note, how)
+    return rows
+
+
+def _tell(path: Path, text: str, mode: str) -> None:
+    if jax.process_index() == 0:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)

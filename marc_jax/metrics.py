@@ -18,14 +18,17 @@ _SHOWN = 8
 
 
 class NonFiniteError(UserError):
-    """A metric or parameter became NaN or infinite. Attributes: step, names, batch_ids. `note` ends the message."""
+    """A metric or parameter became NaN or infinite, or is not as it should (`how`). `note` ends the message.
+
+    Attributes: step, names, batch_ids.
+    """
 
     exit_code = 1
 
-    def __init__(self, step: int, names: list[str], batch_ids: Iterable = (), note: str = ""):
+    def __init__(self, step: int, names: list[str], batch_ids: Iterable = (), note: str = "", how="not finite"):
         self.step, self.names, self.batch_ids = step, names, list(batch_ids)
         batch = f"; batch: {_listed(self.batch_ids)}" if self.batch_ids else ""
-        super().__init__(f"step {step}: {_listed(names)} not finite{batch}{note}")
+        super().__init__(f"step {step}: {_listed(names)} {how}{batch}{note}")
 
 
 def _listed(names: list) -> str:
@@ -111,7 +114,7 @@ class Writer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
-        _cut(path, resume_step)
+        cut(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._board = _summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
@@ -171,8 +174,8 @@ def read(path) -> list[dict]:
     return lines
 
 
-def _cut(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the lines of steps <= last_step; the file is replaced in one move."""
+def cut(path: pathlib.Path, last_step: int) -> None:
+    """Of a file of JSON lines, keeps those of steps <= last_step; the file is replaced in one move."""
     if not path.exists():
         return
     kept = [line for line in read(path) if line["step"] <= last_step]

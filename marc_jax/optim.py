@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from marc_jax.guard import guard
 from marc_jax.paths import flatten, unflatten
 
 
@@ -22,6 +23,9 @@ class Config:
       end_factor: the learning rate at `total_steps` as a fraction of the peak ("linear", "cosine").
       clip_norm: largest global norm of the gradients; 0 turns clipping off.
       weight_decay: decoupled, multiplied by the learning rate (Loshchilov & Hutter, 2019, as in optax).
+      skip: so many steps in a row whose loss or gradient is not finite (or a spike) are left out and counted; one more
+        stops the run. 0 stops at the first.
+      spike: a loss is a spike when it is so many standard deviations above the mean of the last 50 or so; 0: none is.
       no_decay: regular expressions; a parameter whose path contains a match is not decayed.
     """
 
@@ -34,6 +38,8 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    skip: int = 0
+    spike: float = 0.0
     no_decay: tuple[str, ...] = (r"(^|/)bias$", r"(^|/)scale$", r"(^|/)embedding$", r"norm")
 
 
@@ -88,7 +94,7 @@ def schedule(config, total_steps: int) -> optax.Schedule:
 
 
 def make(config, total_steps: int) -> optax.GradientTransformation:
-    """Clip -> Adam -> decoupled weight decay (by name) -> schedule.
+    """Clip -> Adam -> decoupled weight decay (by name) -> schedule; with `skip` or `spike` behind a `guard`.
 
     Args:
       config: a `Config` or any mapping with (some of) its field names; an unknown name is an error.
@@ -105,7 +111,8 @@ def make(config, total_steps: int) -> optax.GradientTransformation:
     if config.weight_decay:
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     chain.append(optax.scale_by_learning_rate(schedule(config, total_steps)))
-    return in_float32(optax.chain(*chain))
+    tx = in_float32(optax.chain(*chain))
+    return guard(tx, config.spike) if config.skip or config.spike else tx
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

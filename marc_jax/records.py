@@ -24,7 +24,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import loader, sources
+from data_pipelines import loader, sources, video
 from marc_jax import files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
@@ -34,6 +34,7 @@ from marc_jax.memory.shots import Shots
 from marc_jax.run import Run, chosen_encoder
 
 FLUSH = 256  # files after which the memory's shard is completed
+FOLDER_RATE = 3.0  # pictures per second of a folder that does not say; TVQA's in MVBench
 READERS = 4  # threads that read a batch's features
 
 
@@ -74,7 +75,7 @@ class Records:
     def asked(self, rows: Sequence[int]) -> Asked:
         """These questions, padded to the smallest sizes that hold them."""
         records = [self._records[i] for i in rows]
-        entries = list(self._readers.map(lambda record: self._memory[record.path], records))
+        entries = list(self._readers.map(lambda record: self._memory[media_key(record)], records))
         shapes = tuple(self._shape(*pair) for pair in zip(records, entries, strict=True))
         texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r in records]
         words = [self._prompter.words(*pair)[1] for pair in zip(texts, shapes, strict=True)]
@@ -102,9 +103,31 @@ class Records:
         seconds = self._second_per_grid or entry.extra["second_per_grid"]
         return Shape("video", merged, seconds * self._tokens_per_second)
 
+    def lengths(self) -> list[tuple[int, float]]:
+        """(bucket of temporal patches, seconds of video) of every question."""
+        heads = (self._memory.head(media_key(record)) for record in self._records)
+        return [(bucket(len(head.seconds), self._buckets), float(head.extra.get("duration", 0.0))) for head in heads]
+
+    def events(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds [E, 2], similarity to the question [E]) of the events of question i's video."""
+        entry, query_d = self._memory.head(media_key(self._records[i])), self._query_nd[i]
+        return entry.event_seconds, encoders.nearest_frames(entry.event_embeddings, query_d) @ query_d
+
     def files(self, asked: Asked) -> list[list[str]]:
         """The file of each question."""
         return [[record.path for record in row] for row in asked.questions_bg]
+
+
+def media_key(record: sources.Record) -> str:
+    """What the memory knows a record's medium by: its path, and the part of the video where the question is of one."""
+    clip = clip_of(record)
+    return record.path if clip is None else f"{record.path}#t={clip[0]:g},{clip[1]:g}"
+
+
+def clip_of(record: sources.Record) -> tuple[float, float] | None:
+    """(start, end) in seconds, of `data_pipelines.benchmarks.published`; a file's own field "clip" is no tuple."""
+    clip = record.extra.get("clip")
+    return clip if isinstance(clip, tuple) else None
 
 
 def bucket(count: int, buckets: Sequence[int]) -> int:
@@ -132,7 +155,7 @@ def spans(entries: Sequence[store.MemoryEntry], events: int, query_bd) -> Videos
 
 def row_of(record: sources.Record) -> dict:
     """A record as the evaluation's tables know it; questions are told apart by their row in the file."""
-    kind = str(record.extra.get("original_question_type") or record.problem_type)
+    kind = str(record.extra.get("question_type") or record.extra.get("original_question_type") or record.problem_type)
     fields = ("problem", "problem_type", "solution", "path")
     return {"problem_id": record.row, "question_type": kind, "options": list(record.options)} | {
         name: getattr(record, name) for name in fields
@@ -171,6 +194,13 @@ def open_records(run: Run, file: str, style: str) -> Records:
         raise ConfigError(str(e)) from None
     if style == "train":
         records, errors = _sampled(run, records, errors)
+    return over_memory(run, file, records, style, errors)
+
+
+def over_memory(
+    run: Run, file: str, records: Sequence[sources.Record], style: str, errors: Sequence[sources.RecordError] = ()
+) -> Records:
+    """`open_records` of records that have been read: told apart by their row; `errors` are those of other rows."""
     bad = {e.row: {"row": e.row, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors}
     total = len(records) + len(errors)
     bad |= {r.row: problem for r in records if (problem := too_long(run, r, style))}
@@ -178,7 +208,7 @@ def open_records(run: Run, file: str, style: str) -> Records:
     worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
-    bad |= {r.row: broken[r.path] | {"row": r.row} for r in records if r.path in broken}
+    bad |= {r.row: broken[media_key(r)] | {"row": r.row} for r in records if media_key(r) in broken}
     good = [record for record in records if record.row not in bad]
     _exclude(run, file, sorted(bad.values(), key=lambda line: line["row"]), total)
     query_nd = None if encoder is None else _embedded(memory, worker, encoder, [record.problem for record in good])
@@ -201,7 +231,8 @@ def too_long(run: Run, record: sources.Record, style: str) -> dict | None:
     """{row, path, reason} of a record with more tokens than a batch takes."""
     text = sources.question_text(record.problem, record.problem_type, record.options, style)
     counts = {"question": run.prompter.words(text, Shape("video", (1, 1), 0.0))[1]}
-    counts["answer"] = run.prompter.spoken(record.target)
+    if style == "train":
+        counts["answer"] = run.prompter.spoken(record.target)
     for name, count in counts.items():
         most = getattr(run.sizes, name)
         if count > most:
@@ -229,25 +260,25 @@ def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option:
 
 
 def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, dict]]:
-    """The memory of the records' media, and {path: {path, reason}} of those that cannot be read.
+    """The memory of the records' media, and {key: {path, reason}} of those that cannot be read.
 
     A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
     """
     root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
-    media = list({record.path: record for record in records}.values())
+    media = list({media_key(record): record for record in records}.values())
     decode, broken = functools.partial(_decode, worker, root), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
     ):
         memory = store.MemoryReader(folder, worker.fingerprint)
-        todo = [record for record in media if not _current(memory, root, record.path)]
+        todo = [record for record in media if not _current(memory, root, record)]
         for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
             if bad is not None:
-                broken[record.path] = bad | {"path": record.path}
+                broken[media_key(record)] = bad | {"path": record.path}
             else:
                 entry, stamp = worker.encode(decoded), _stamp(root, record.path)
-                writer.add(record.path, dataclasses.replace(entry, extra=entry.extra | stamp))
+                writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
             if done % FLUSH == 0:
                 writer.flush()
             bar.update(len(media) - len(todo) + done, failed=len(broken))
@@ -256,8 +287,16 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
 
 
 def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+    start, end = clip_of(record) or (None, None)
+    if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
+        told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
+        sha256 = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        rate = float(record.extra.get("fps") or FOLDER_RATE)
+        return worker.decode(folder, sha256, functools.partial(video.read_folder, rate=rate, start=start, end=end))
     path = sources.media_path(root, record.path)
-    return worker.decode_image(path) if record.data_type == "image" else worker.decode(path)
+    if record.data_type == "image":
+        return worker.decode_image(path)
+    return worker.decode(path, read=functools.partial(video.read_frames, start=start, end=end))
 
 
 def _stamp(root: str, path: str) -> dict:
@@ -265,13 +304,14 @@ def _stamp(root: str, path: str) -> dict:
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _current(memory: store.MemoryReader, root: str, path: str) -> bool:
+def _current(memory: store.MemoryReader, root: str, record: sources.Record) -> bool:
     """Whether the memory holds this file as it is now; a file that cannot be looked at is for `_decode` to report."""
     try:
-        stamp = _stamp(root, path)
+        stamp = _stamp(root, record.path)
     except (OSError, ValueError):
         return False
-    return path in memory and stamp.items() <= memory.head(path).extra.items()
+    key = media_key(record)
+    return key in memory and stamp.items() <= memory.head(key).extra.items()
 
 
 def _exclude(run: Run, file: str, bad: list[dict], total: int) -> None:

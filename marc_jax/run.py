@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.synthetic import build
 from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding
+from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding, view_settings
 from marc_jax import config as configs
 from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
@@ -23,6 +23,7 @@ from marc_jax.models import prompts, qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
+from marc_jax.state import settled
 from marc_jax.tokenizer import Tokenizer, TokenizerError
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
@@ -90,22 +91,21 @@ class Run:
         def node(x):
             if isinstance(x, PromptBatch):
                 return PromptBatch(*(
-                    jax.device_put(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
+                    sharding.place(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
                 ))  # fmt: skip
-            return jax.device_put(x, over[0])
+            return sharding.place(x, over[0])
 
         placed = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
         return placed if len(trees) > 1 else placed[0]
 
     def whole(self, tree):
         """Arrays that every device holds: banks, the retriever."""
-        return jax.device_put(tree, sharding.replicated(self.mesh))
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda x: sharding.place(x, everywhere), tree)
 
     def settle(self, state):
-        """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
-        everywhere = sharding.replicated(self.mesh)
-        on_mesh = lambda x: isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh  # noqa: E731
-        return jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, everywhere), state)
+        """`state.settled` on the run's mesh."""
+        return settled(state, self.mesh)
 
     def parameters(self, source: str, trainable: tuple[str, ...] = ()) -> dict:
         """Model parameters (nested), sharded; in float32 what matches `trainable`, else in config.model.frozen_dtype.
@@ -197,7 +197,7 @@ class Run:
 
 def embedded(view: View, retriever: dict | None, queries):
     """Question embeddings [B, D] of `Run.queries`, where the view needs them."""
-    tokens = view.select == "retrieve" and isinstance(queries, tuple)
+    tokens = view.asks and isinstance(queries, tuple)
     return embed.embed_questions(retriever, *queries) if tokens else queries
 
 
@@ -206,7 +206,7 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     folder = Path(checkpoint_folder)
     folder = folder.parent if folder.name == "checkpoints" else folder
     for workdir, stage in ((folder, ""), (folder.parent, folder.name)):
-        if (kept := _kept(workdir)) and (workdir / "tokenizer.json").exists():
+        if (kept := kept_config(workdir)) and (workdir / "tokenizer.json").exists():
             config = ConfigDict(settings.completed(kept))
             here = surroundings(config, workdir)
             if here.retriever_stage or not settings.on_files(config):
@@ -215,22 +215,7 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
-def served(checkpoint_folder: str) -> tuple[Run, str]:
-    """What index and ask take: `opened`, or a published checkpoint as it is, safetensors or converted, and no stage.
-
-    Raises ConfigError, WeightsError, CheckpointError, TokenizerError: neither there, or one that cannot be read.
-    """
-    folder = Path(checkpoint_folder)
-    runs = (folder,) if (folder / "config.json").exists() else (folder.parent, folder.parent.parent)
-    if any(map(_kept, runs)) or not settings.holds_weights(folder):
-        return opened(checkpoint_folder)
-    pretrained.check(folder)
-    here = surroundings(settings.published(checkpoint_folder), folder, pretrained.tokenizer(folder))
-    pretrained.fits(here.cfg, here.tokenizer)
-    return here, ""
-
-
-def _kept(folder) -> dict | None:
+def kept_config(folder) -> dict | None:
     """The config of the run in `folder`; None: no run there. Published weights have a config.json too."""
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -244,7 +229,7 @@ def own_encoder(folder) -> encoders.SmallEncoder | None:
 
     Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
     """
-    if not _kept(folder):
+    if not kept_config(folder):
         return None
     there, _ = opened(folder)
     params = there.parameters(there.config[there.retriever_stage].init)
@@ -363,10 +348,9 @@ def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = Non
     `workdir` None, for a model of published size alone: without a tokenizer, so for its shapes only.
     """
     tokenizer = tokenizer or (None if workdir is None else Tokenizer.load(workdir / "tokenizer.json"))
-    views = {name: View(**config.views[name].to_dict()) for name in config.views}
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     if settings.on_files(config):
-        return _on_files(config, workdir, tokenizer, views, mesh)
+        return _on_files(config, workdir, tokenizer, mesh)
     most = int(config.data.patches[1])
     lengths = Sizes(int(config.data.events[1]) * most, int(config.data.events[1]), most, QUESTION, ANSWER)
     sampling = indexer.Sampling(config.data.size, config.data.fps, 2 * lengths.patches)
@@ -383,10 +367,18 @@ def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = Non
     time_scale = 2 / config.data.fps * cfg.tokens_per_second
     grid_hw = sampling.grid_hw
     prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
+    views = views_of(config, cfg)
     return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
 
 
-def _on_files(config, workdir, tokenizer, views, mesh) -> Run:
+def views_of(config, cfg: qwen25_vl.Config) -> dict[str, View]:
+    """config.views of this model. Raises ConfigError where one drops tokens after a layer that the model lacks."""
+    if wrong := view_settings.layer_problems(config.views, cfg.text.num_layers):
+        raise ConfigError("; ".join(f"config.{problem}" for problem in wrong))
+    return {name: View(**config.views[name].to_dict()) for name in config.views}
+
+
+def _on_files(config, workdir, tokenizer, mesh) -> Run:
     """The surroundings of a run on files: a published model, frames as Video-R1 takes them, padded to one size."""
     data, size = config.data, config.model.size
     cfg = qwen25_vl.qwen25_vl(size) if size else pretrained.config(config.init_from)
@@ -394,6 +386,7 @@ def _on_files(config, workdir, tokenizer, views, mesh) -> Run:
     patches = data.max_frames // 2
     prompter = tokenizer and Prompter(tokenizer, (1, sampling.tokens), 1.0, prompts.SYSTEM, cache=256)
     lead = prompter.words("", Shape("video", (1, 1), 1.0))[0] if prompter else 16
+    views = views_of(config, cfg)
     events = max(patches, *(view.k for view in views.values()))
     sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)
     return Run(config, workdir, cfg, tokenizer, prompter, sizes, views, sampling, 1.0, mesh)

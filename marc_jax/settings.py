@@ -6,20 +6,20 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from marc_jax import config as configs
-from marc_jax import files
+from marc_jax import files, view_settings
 from marc_jax.config import ConfigError
+from marc_jax.evaluation import benchmarks
 
-SELECT = ("all", "retrieve", "random", "none")
-METHOD = ("keep", "merge", "per_event", "mean", "pooled")
 POOL = ("mean", "max")
 VISUAL = ("pixels", "features")
 GROUPS = ("teacher", "baseline", "student")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
-KINDS = ("sft", "retriever", "distill", "cgrpo")
+KINDS = ("sft", "retriever", "distill", "cgrpo", "encoder")
 RULES = ("training", "benchmark")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("", "layer", "attention")
-TOKENS = ("keep", "bfloat16", "float32", "int8")
+COMPUTED = ("auto", *DTYPES)
+REMAT = ("", "layer", "attention", "products")
+STORED = ("keep", "bfloat16", "float32", "int8")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
 
 
@@ -38,6 +38,8 @@ def base() -> ConfigDict:
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
+    `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
+    data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -66,6 +68,7 @@ def base() -> ConfigDict:
         "encoder": {"path": "", "pool": "mean"},
         "eval": {
             "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
+            "benchmark": "", "scoring": "videor1", "limit": 0,
         },
     })  # fmt: skip
 
@@ -73,7 +76,7 @@ def base() -> ConfigDict:
 def optimizer() -> ConfigDict:
     return ConfigDict({
         "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 50, "end_factor": 0.05, "b1": 0.9, "b2": 0.98,
-        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+        "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "skip": 0, "spike": 0.0,
     })  # fmt: skip
 
 
@@ -81,6 +84,10 @@ def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
     `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+
+    "encoder" (`marc_jax.contrastive`): `pairs` is a file of pairs under the data root `root` ("": the file's folder);
+    a step sees `videos` videos, `clips` pairs of each, `frames` frames of each clip; `workers` processes read them (0:
+    threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
@@ -90,14 +97,12 @@ def stage(kind: str) -> ConfigDict:
         "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged,
         "cgrpo": trained | judged | {"alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2},
+        "encoder": {
+            "pairs": "", "root": "", "clips": 4, "frames": 8, "in_batch": 1.0, "trainable": (".*",), "dtype": "auto",
+            "remat": True, "workers": 0,
+        },
     }[kind])  # fmt: skip
     c.optimizer = optimizer()
-    return c
-
-
-def view() -> ConfigDict:
-    c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
-    c.update(represent="mean", rule=None, adaptive=False, tokens=None)
     return c
 
 
@@ -121,7 +126,7 @@ def published(folder: str) -> ConfigDict:
     c.model.update(dtype="bfloat16", frozen_dtype="bfloat16")
     c.mesh.update(data=1, fsdp=-1)
     c.data.fps = 2.0
-    c.views = ConfigDict({name: view() for name in ("full", "whole", "marc", "per_event")})
+    c.views = ConfigDict({name: view_settings.view() for name in ("full", "whole", "marc", "per_event")})
     c.views.whole.method = c.views.marc.method = "merge"
     c.views.marc.select = c.views.per_event.select = "retrieve"
     c.views.per_event.method = "per_event"
@@ -131,8 +136,9 @@ def published(folder: str) -> ConfigDict:
 
 
 def on_files(config) -> bool:
-    """Whether a run is of a published model on files of one's own, and not of the synthetic set's."""
-    return bool(config.data.train or config.model.size or not config.stages)
+    """Whether a run is of a published model on files of one's own, and not the synthetic set's."""
+    data = config.data
+    return bool(data.train or data.test or config.model.size or config.eval.benchmark or not config.stages)
 
 
 def completed(raw: dict) -> dict:
@@ -163,7 +169,7 @@ def experiment(path: str, overrides=None) -> ConfigDict:
     for name in given.get("eval", {}).get("claims", {}):
         full.eval.claims[name] = claim()
     for name in open_groups["views"]:
-        full.views[name] = view()
+        full.views[name] = view_settings.view()
     for name in open_groups["arms"]:
         full.eval.arms[name] = arm()
     for name in names:
@@ -200,16 +206,21 @@ def validate(config: ConfigDict) -> None:
             wrong.append(f"model.{tower}.hidden_size must be a multiple of {unit} x num_heads")
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
-    wrong += [problem for name in config.views for problem in _view_problems(name, config.views[name])]
-    wrong += _file_problems(config) if on_files(config) else []
-    if config.eval.rule not in RULES:
-        wrong.append(f"eval.rule = {config.eval.rule!r}: choose one of {', '.join(RULES)}")
+    wrong += [problem for name in config.views for problem in view_settings.problems(name, config.views[name])]
+    layers = config.model.text.num_layers
+    wrong += _file_problems(config) if on_files(config) else view_settings.layer_problems(config.views, layers)
+    for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
+        if config.eval[key] not in known:
+            wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
     if config.init_from and not holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
     for name in config.stages:
         wrong += _stage_problems(config, name, done)
         done.append(name)
+    kinds = {config[name].kind for name in done if name in config and "kind" in config[name]}
+    if "encoder" in kinds and len(kinds) > 1:
+        wrong.append("stages: those of kind 'encoder' are a run of their own")
     claimed = {config.eval.claims[name][side] for name in config.eval.claims for side in ("arm", "minus")}
     wrong += [f"eval.claims names the unknown arm {a!r}" for a in sorted(claimed - {"", *config.eval.arms})]
     wrong += [problem for name in config.eval.arms for problem in _arm_problems(config, name, done)]
@@ -226,16 +237,14 @@ def _file_problems(config) -> list[str]:
         wrong.append(f"data.buckets = {data.buckets} must end with data.max_frames / 2 = {data.max_frames // 2}")
     if min(data.frame_tokens, data.question_tokens, data.answer_tokens) < 1 or data.fps <= 0:
         wrong.append("data.frame_tokens, question_tokens, answer_tokens and fps must be positive")
-    if data.tokens not in TOKENS:
-        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(TOKENS)}")
+    if data.tokens not in STORED:
+        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(STORED)}")
     for key in ("dtype", "frozen_dtype"):
         if config.model[key] not in DTYPES:
             wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(DTYPES)}")
     if config.model.remat not in REMAT:
         wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
-    for name in config.views:
-        if config.views[name].method == "pooled" or config.views[name].tokens is not None:
-            wrong.append(f"views.{name}: 'pooled' and 'tokens' need videos of one size, and files have many")
+    wrong += [problem for name, c in config.views.items() for problem in view_settings.file_problems(name, c)]
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
             wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
@@ -244,23 +253,12 @@ def _file_problems(config) -> list[str]:
     return wrong
 
 
-def _view_problems(name: str, c) -> list[str]:
-    wrong = []
-    if c.select not in SELECT:
-        wrong.append(f"views.{name}.select = {c.select!r}: choose one of {', '.join(SELECT)}")
-    if c.method not in METHOD:
-        wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
-    if c.method == "per_event" and c.select != "retrieve":
-        wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
-    if min(c.k, c.keep) < 1:
-        wrong.append(f"views.{name}: k and keep must be at least 1")
-    return wrong
-
-
 def _stage_problems(config, name: str, done: list[str]) -> list[str]:
     if name not in config or "kind" not in config[name]:
         return [f"stages names {name!r}, which the file does not define"]
     c, wrong = config[name], []
+    if c.kind == "encoder":
+        return _encoder_problems(name, c, done)
 
     def known(field: str) -> None:
         source = c[field]
@@ -282,6 +280,8 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"{name}.view = {c.view!r} is not one of config.views: {', '.join(config.views)}")
     elif config.views[c.view].select == "retrieve" and not _can_retrieve(config, done):
         wrong.append(f"{name}.view = {c.view!r} retrieves, but no retriever stage comes before it")
+    else:
+        wrong += view_settings.trained_problems(name, config.views[c.view], c.visual)
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
     if c.kind in ("distill", "cgrpo"):
@@ -297,6 +297,23 @@ def _stage_problems(config, name: str, done: list[str]) -> list[str]:
             wrong.append(f"{name}.parity = {c.parity!r}: choose one of {', '.join(PARITY)}")
         if c.alpha < 0 or not 0 <= c.tau <= 1:
             wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+    return wrong
+
+
+def _encoder_problems(name: str, c, done: list[str]) -> list[str]:
+    wrong = []
+    if c.init not in done and not Path(c.init or " ").is_dir():
+        wrong.append(f"{name}.init = {c.init!r} is neither an earlier stage nor a folder (of PE-Core or SigLIP 2)")
+    if not Path(c.pairs).is_file():
+        wrong.append(f"{name}.pairs = {c.pairs!r} is not a file of (clip, text) pairs")
+    if min(c.steps, c.videos, c.clips, c.frames) < 1:
+        wrong.append(f"{name}.steps, videos, clips and frames must be at least 1")
+    if c.in_batch < 0:
+        wrong.append(f"{name}.in_batch = {c.in_batch} must not be negative")
+    if c.in_batch == 0 and c.clips == 1:
+        wrong.append(f"{name}: in_batch = 0 and clips = 1 leave no negatives")
+    if c.dtype not in COMPUTED:
+        wrong.append(f"{name}.dtype = {c.dtype!r}: choose one of {', '.join(COMPUTED)}")
     return wrong
 
 
@@ -324,10 +341,18 @@ def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     return wrong
 
 
+def _trained_views(c: dict) -> dict:
+    """The views that stages of this config look through, with the defaults of keys that came after it was written."""
+    stages = [c[name] for name in c["stages"] if name in c]
+    names = {stage.get(field, "") for stage in stages for field in ("view", "teacher_view")}
+    defaults = json.loads(configs.to_json(view_settings.view()))
+    return {name: defaults | c["views"][name] for name in names if name in c["views"]}
+
+
 def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
     """Writes the config beside the run; a run that goes on must have been started with the same one.
 
-    Pace, title and evaluation may change. With write=False it is compared only.
+    Pace, title, evaluation and the views of no stage may change. With write=False it is compared only.
     """
     text = configs.to_json(config)
     if path.exists():
@@ -338,6 +363,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)
+            c["views"] = _trained_views(c)
         if before != now:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
             raise ConfigError(

@@ -5,11 +5,13 @@ divide over its mesh axis stays whole on it, and that is said in the log (`fallb
 """
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,6 +122,26 @@ def fallbacks(weights: Any, mesh: Mesh) -> list[Fallback]:
 def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Sharding of an array whose dimension `axis` is the batch: split over data and fsdp, whole on tensor."""
     return NamedSharding(mesh, P(*(None,) * axis, RULES["batch"]))
+
+
+def place(x, sharding: NamedSharding) -> jax.Array:
+    """An array (or key) that is the same in every process, as one over the mesh; no process waits for another.
+
+    `device_put` makes the processes compare what they hold: a collective, and a deadlock or worse where a thread draws
+    batches while the step runs.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(x))
+        return jax.jit(wrap, out_shardings=sharding)(np.asarray(jax.random.key_data(x)))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Whole numpy arrays of what is split over the mesh; with several processes a collective."""
+    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

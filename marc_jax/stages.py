@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from marc_jax import optim, settings, state
+from marc_jax import optim, settings, sharding, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
@@ -134,7 +134,7 @@ def retriever(run: Run, name: str, stage):
 
         grads, values = jax.grad(objective, has_aux=True)(now.params)
         values["grad_norm"] = optax.tree.norm(grads)
-        return now.apply(tx, grads), values
+        return now.apply(tx, grads, values["loss"][0] / values["loss"][1]), values
 
     advance = _jit(advance, first)
 
@@ -275,7 +275,7 @@ def judge(run: Run, done: Completions, asked) -> tuple[np.ndarray, np.ndarray]:
 
 def completion_texts(run: Run, done: Completions) -> list[list[str]]:
     """Decoded text of every completion, special tokens skipped."""
-    tokens_bgr, mask_bgr = jax.device_get((done.tokens_bgr, done.mask_bgr))
+    tokens_bgr, mask_bgr = sharding.fetch((done.tokens_bgr, done.mask_bgr))
     return [
         [run.tokenizer.decode(tokens[mask].tolist()) for tokens, mask in zip(*group, strict=True)]
         for group in zip(tokens_bgr, mask_bgr, strict=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from marc_jax import optim
+from marc_jax import optim, sharding
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +39,9 @@ class TrainState:
         """The key of this step; a function of (key, step) alone."""
         return jax.random.fold_in(self.key, self.step)
 
-    def apply(self, tx: optax.GradientTransformation, grads: Mapping[str, jax.Array]) -> "TrainState":
-        """The next state: one optimizer update of `params`."""
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+    def apply(self, tx: optax.GradientTransformation, grads: Mapping[str, jax.Array], loss=0.0) -> "TrainState":
+        """The next state: one optimizer update of `params`. `loss`: the batch's mean, for `guard.guard`."""
+        updates, opt_state = optax.with_extra_args_support(tx).update(grads, self.opt_state, self.params, loss=loss)
         params = optax.apply_updates(self.params, updates)
         return dataclasses.replace(self, step=self.step + 1, params=params, opt_state=opt_state)
 
@@ -56,6 +56,17 @@ def create(
     """The state before the first step. `params`, `frozen`: as `optim.partition` returns them."""
     params, frozen = dict(params), dict(frozen or {})
     return TrainState(jnp.zeros((), jnp.int32), params, frozen, tx.init(params), key)
+
+
+def settled(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state with every leaf on the mesh: parameters and moments where they are, counters and keys everywhere."""
+    everywhere = sharding.replicated(mesh)
+
+    def place(x):
+        there = isinstance(x.sharding, jax.sharding.NamedSharding) and x.sharding.mesh == mesh
+        return x if there else sharding.place(x, everywhere)
+
+    return jax.tree.map(place, state)
 
 
 def abstract(
@@ -76,7 +87,7 @@ def abstract(
     """
     params = {path: _struct(x) for path, x in params.items()}
     frozen = {path: _struct(x) for path, x in (frozen or {}).items()}
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh is not None else None
+    replicated = sharding.replicated(mesh) if mesh is not None else None
 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or replicated)

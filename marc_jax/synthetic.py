@@ -28,7 +28,7 @@ def read_records(folder: Path, split: str) -> list[dict]:
     except sources.RecordError as e:
         raise ConfigError(str(e)) from None
     for record in records:
-        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row")}
+        fields = {name: value for name, value in vars(record).items() if name not in ("extra", "row", "line")}
         rows.append({**record.extra, **fields, "options": list(record.options)})
         for name, kind in _OWN_FIELDS.items():
             if not isinstance(record.extra.get(name), kind):

@@ -3,10 +3,12 @@
     python -m marc_jax.train --config=experiments/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
 
 A run that was stopped goes on where it was: finished stages are skipped, a started one resumes from its newest
-checkpoint that verifies. The order of stages is config.stages; what they are is in `marc_jax.stages`.
+checkpoint that verifies. The order of stages is config.stages; what they are is in `marc_jax.stages`. A run of several
+processes (`marc_jax.distributed`) is the same command in each, with --coordinator, --processes and --process.
 """
 
 import functools
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -15,6 +17,9 @@ from marc_jax import config as configs
 from marc_jax import settings
 
 configs.define_flags(workdir="runs/run")
+flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 of a run of several, or auto where the cluster says it.")
+flags.DEFINE_integer("processes", 0, "How many processes the run has.")
+flags.DEFINE_integer("process", -1, "Which of them this one is, from 0.")
 
 
 def main() -> None:
@@ -25,9 +30,19 @@ def main() -> None:
     workdir = Path(flags.FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 
+    from marc_jax import distributed
+
+    with distributed.joined(flags.FLAGS.coordinator, flags.FLAGS.processes, flags.FLAGS.process):
+        train(config, workdir)
+
+
+def train(config, workdir: Path) -> None:
+    """All stages of a checked config, and the report."""
     import time
 
-    from marc_jax import locks, loop, optim, records, run, stages, synthetic
+    import jax
+
+    from marc_jax import contrastive, locks, loop, optim, records, run, stages, synthetic
     from marc_jax.evaluation import experiment
     from marc_jax.interrupt import Interrupt
     from marc_jax.models import weights
@@ -35,6 +50,9 @@ def main() -> None:
     with locks.held(workdir / ".lock", f"the config of {workdir}", wait=True):
         settings.keep(config, workdir / "config.json")
     timings, started = {}, time.monotonic()
+
+    if config[config.stages[0]].kind == "encoder":  # then all are: towers beside the model, with data of their own
+        return contrastive.train(config, workdir)
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
     here = run.prepare(config, workdir)
@@ -49,7 +67,8 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             first, draw, step_fn, trainable = stages.build(here, name)
-            pace = loop.Pace(config[name].steps, config.log_every, config.save_every)
+            skip = config[name].optimizer.skip
+            pace = loop.Pace(config[name].steps, config.log_every, config.save_every, skip=skip)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
             told = functools.partial(stages.samples, here, name)
             state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
@@ -58,7 +77,10 @@ def main() -> None:
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
-    if config.eval.arms and not any(config.only) and (config.data.test or not on_files):
+    wanted = config.eval.arms and not any(config.only) and (config.data.test or not on_files)
+    if jax.process_count() > 1:
+        print("a run of several processes leaves its report to: python -m marc_jax.eval", file=sys.stderr)
+    elif wanted:
         with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
             experiment.report_on(here, timings, started)
 

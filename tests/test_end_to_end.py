@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -123,6 +124,26 @@ def test_a_second_run_and_a_resumed_run_give_the_same_losses(place, repo):
     run = start(repo, place, "train", f"--workdir={second}", "--config.only=('clips',)", shared)
     assert run.returncode == 0, run.stderr[-2000:]
     assert lines(second / "clips" / "metrics.jsonl") == first
+
+
+def test_two_processes_train_what_one_trains(place, repo):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [
+        sys.executable, "-m", "marc_jax.train", f"--config={place / 'tiny.py'}", f"--workdir={place / 'pair'}",
+        f"--config.data.path={place / 'run' / 'data'}", "--config.only=('clips',)",
+        f"--coordinator=127.0.0.1:{port}", "--processes=2",
+    ]  # fmt: skip
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    pair = [
+        subprocess.Popen(
+            [*command, f"--process={i}"], cwd=repo, env={**os.environ, "XLA_FLAGS": flags}, stderr=subprocess.PIPE
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in pair]
+    assert all(code == 0 for _, code in ends), [err[-2000:] for err, _ in ends]
+    assert lines(place / "pair" / "clips" / "metrics.jsonl") == lines(place / "run" / "clips" / "metrics.jsonl")
 
 
 def test_stages_apart_and_a_loss_that_explodes(place, repo):

@@ -10,8 +10,8 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 FOUNDATION = (
-    "marc_jax.config", "marc_jax.files", "marc_jax.locks", "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths",
-    "marc_jax.streamed",
+    "marc_jax.config", "marc_jax.files", "marc_jax.guard", "marc_jax.locks", "marc_jax.manifest", "marc_jax.optim",
+    "marc_jax.paths", "marc_jax.streamed",
 )  # fmt: skip
 PURE = (
     "marc_jax.models.rope",
@@ -26,14 +26,20 @@ PURE = (
     "marc_jax.rl.rewards",
     "marc_jax.evaluation.intervals",
     "marc_jax.evaluation.scoring",
+    "marc_jax.evaluation.judging",
+    "marc_jax.evaluation.official",
+    "marc_jax.evaluation.moments",
+    "marc_jax.evaluation.benchmarks",
 )
 FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "joblib", "yaml")
-ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.ask")
+ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.index_with_beam", "marc_jax.ask")
 # Between the maths and the entries: each room and all that it may import.
 ABOVE = {
+    "marc_jax.baselines.fastv": ("marc_jax.baselines", "marc_jax.rl.rollout", "marc_jax.rl.types"),
     "marc_jax.memory.view": (
         "marc_jax.baselines",
         "marc_jax.memory.budget",
+        "marc_jax.memory.choose",
         "marc_jax.memory.compress",
         "marc_jax.memory.retrieve",
         "marc_jax.rl.types",
@@ -59,6 +65,9 @@ ABOVE = {
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.harness": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.grounding": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.direct": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.single": ("data_pipelines", "marc_jax"),
     "marc_jax.archive": ("data_pipelines", "marc_jax"),
 }

@@ -148,6 +148,37 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, what, nam
     assert np.isfinite(fit(tmp_path, pace).params["w"]).all()  # goes on from there
 
 
+def test_steps_left_out_are_written_once_however_often_the_run_goes_over_them(tmp_path):
+    tx = optim.make({"learning_rate": 0.1, "schedule": "constant", "skip": 2}, 10)
+
+    @jax.jit
+    def guarded(now, batch):
+        gradient = now.params["w"] - batch
+        total = (gradient**2).sum()
+        return now.apply(tx, {"w": gradient}, total / 4), {"loss": (total, jnp.float32(4))}
+
+    def spoilt(step):
+        return jnp.full(4, jnp.nan if step in (2, 3) else step, jnp.float32)
+
+    def run(folder, steps):
+        begin = state.create(tx, {"w": jnp.arange(4.0)}, {"fixed": jnp.ones(2)}, key=jax.random.key(0))
+        pace = loop.Pace(steps, log_every=6, save_every=2, skip=2)
+        return loop.fit("toy", folder, begin, spoilt, guarded, pace, samples=lambda step: {f"batch {step}": {}})[0]
+
+    whole = run(tmp_path / "whole", 6)
+    run(tmp_path / "parts", 4)
+    shutil.rmtree(tmp_path / "parts/toy/checkpoints/step_00000004")
+    again = run(tmp_path / "parts", 6)
+    np.testing.assert_array_equal(again.params["w"], whole.params["w"])
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        left_out = metrics.read(folder / "toy/skipped.jsonl")
+        assert [(row["step"], row["names"], [*row["batch"]]) for row in left_out] == [
+            (3, ["loss"], ["batch 2"]), (4, ["loss"], ["batch 3"])
+        ]  # fmt: skip
+        (row,) = metrics.read(folder / "toy/metrics.jsonl")
+        assert row["skipped"] == 2 / 6 and np.isfinite(row["loss"])
+
+
 def test_the_old_state_gives_its_memory_to_the_new_one(tmp_path):
     whole, begin = fit(tmp_path / "kept"), fresh()
     donating = stages._jit(step_fn, begin)

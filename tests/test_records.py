@@ -40,6 +40,9 @@ def get_config():
         c[name].optimizer.update(learning_rate=1e-3)
     c.cgrpo.group = c.cgrpo.teacher_group = c.distill.group = 2
     c.eval.arms = {{key: c.eval.arms[key] for key in ("teacher", "cgrpo")}}
+    for key, field in (("uniform", "select"), ("evs", "method"), ("fastv", "method")):
+        c.views[key] = {{"select": "all", "method": "keep", "share": 0.25, "layer": 1, field: key}}
+        c.eval.arms[key] = {{"stage": "", "view": key, "label": key}}
     c.eval.batch = 2
     return c
 '''
@@ -71,7 +74,7 @@ def place(tmp_path_factory, repo, test_data):
         shutil.copyfile(test_data / "videos" / name, media / name)
     cv2.imwrite(str(media / "photo.png"), np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8))
     (folder / "train.json").write_text(json.dumps(rows()))
-    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "vision_hidden_size": 16}
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vision_hidden_size": 16}
     published.write_model(folder / "model", qwen25_vl.tiny(**sizes), np.float32, scale=0.1)
     published.write_encoder(folder / "pe")
     preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
@@ -123,6 +126,8 @@ def test_eval_and_export(trained, place, repo):
     assert results["split"].startswith("5 of 5 questions of ")
     tokens = {arm["key"]: arm["visual_tokens"] for arm in results["arms"]}
     assert tokens["teacher"] > tokens["cgrpo"] > 0 and all(arm["n"] == 5 for arm in results["arms"])
+    for baseline in ("uniform", "evs", "fastv"):
+        assert abs(tokens[baseline] - 0.25 * tokens["teacher"]) < 0.5, baseline
     checkpoint, out = f"--checkpoint={trained / 'cgrpo' / 'checkpoints'}", place / "exported"
     assert export_weights.main([checkpoint, f"--out={out}", "--dtype=float32"]) == 0
     assert pretrained.config(out) == pretrained.config(place / "model")
@@ -189,17 +194,17 @@ def test_padding_of_patches_and_videos_changes_nothing(trained, place):
     own, patches_t = int(np.prod(shape.hw)), int(index.mask_bt.sum())
     assert own < here.prompter.tokens_per_patch and patches_t < asked.sizes.patches
 
-    def look(bank, index, prompter, shapes):
+    def look(bank, index, prompter, shapes, grid_hw):
         prompt = jax.tree.map(jax.numpy.asarray, prompter.whole(*asked.texts_bg, 1, [patches_t], asked.sizes, shapes))
         visual = views.select(view, index, asked.query_bd, bank, here.sizes.event, None)
-        vis_bnd, prompt = views.make_encode(view, here.grid_hw, shape.rate)(model, visual, prompt)
+        vis_bnd, prompt = views.make_encode(view, grid_hw, shape.rate)(model, visual, prompt)
         return np.asarray(vis_bnd)[0, :own], rollout.closed_up(prompt)
 
-    padded, there = look(asked.bank, index, here.prompter, asked.shapes)
+    padded, there = look(asked.bank, index, here.prompter, asked.shapes, here.grid_hw)
     cut = {"patch_bt": index.patch_bt[:, :patches_t], "mask_bt": index.mask_bt[:, :patches_t]}
     cut = dataclasses.replace(index, **cut, event_bt=index.event_bt[:, :patches_t], shapes=None)
     alone = batches.Prompter(here.tokenizer, shape.hw, shape.rate, here.prompter.system)
-    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None)
+    exact, here_too = look(asked.bank[:, :patches_t, : 4 * own], cut, alone, None, (2 * shape.hw[0], 2 * shape.hw[1]))
     np.testing.assert_allclose(padded, exact, atol=1e-5)
     n = int(here_too.mask_bp.sum())
     assert there.mask_bp.sum() == n and (there.pos_3bp[:, :, :n] == here_too.pos_3bp[:, :, :n]).all()
@@ -250,6 +255,12 @@ def test_a_file_that_changed_is_read_anew(trained, place):
     assert before.asked([0]).shapes != after.asked([0]).shapes
 
 
+def test_fastv_needs_layers_of_the_model_that_is_there(place):
+    config = settings.experiment(str(place / "tiny.py"), ["--config.views.fastv.layer=2"])
+    with pytest.raises(ConfigError, match="views.fastv.layer = 2: 'fastv' needs layers after it, the model has 2"):
+        run.prepare(config, place)
+
+
 def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
     given = [f"--config.{key}=" for key in ("init_from", "data.train", "encoder.path")] + ["--config.model.size=3b"]
     config = settings.experiment(str(place / "tiny.py"), given)
@@ -262,7 +273,12 @@ def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
     [
         ("data.buckets=(1, 3)", "data.buckets = .* must end with data.max_frames / 2 = 4"),
         ("sft.visual=pixels", "sft: training on files takes visual = 'features'"),
-        ("views.whole.method=pooled", "views.whole: 'pooled' and 'tokens' need videos of one size"),
+        ("views.whole.method=pooled", "views.whole: 'pooled' needs videos of one size"),
+        ("views.whole.adaptive=True", "views.whole: 'adaptive' needs videos of one size"),
+        ("views.evs.method=token_learner", "views.evs: 'token_learner' needs videos of one size"),
+        ("views.evs.method=visionzip", "views.evs: 'visionzip' needs the pixels, and a run on files reads stored"),
+        ("views.uniform.shrink=2", "views.uniform: shrink = 2 needs the pixels"),
+        ("views.uniform.select=bolt", "views.uniform: 'bolt' needs an embedding of every patch, and files have those"),
         ("cgrpo.micro_batches=3", "cgrpo.micro_batches = 3 must divide cgrpo.videos = 2"),
     ],
 )

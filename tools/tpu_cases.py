@@ -54,8 +54,9 @@ class Shapes:
     def visual(self, b, s, n, c, dtype, *, varied: bool = False) -> Visual:
         """`varied`: videos of several shapes, padded."""
         rows = self.rows
-        differ = views.Shapes(rows((b,)), rows((b,), jnp.float32)) if varied else None
-        return Visual(rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32), differ)
+        differ = views.Shapes(rows((b,)), rows((b,)), rows((b,), jnp.float32)) if varied else None
+        chosen = rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32)
+        return Visual(*chosen, rows((b,)), differ)
 
     def completions(self, b, g, r) -> Completions:
         shape = (b, g, r)

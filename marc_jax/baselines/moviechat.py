@@ -8,7 +8,11 @@ cosine. With metric="cosine" this is stage 2 of `marc_jax.memory.compress` alone
 from marc_jax.memory.compress import Compressed, apply_weights, merge_weights
 
 
-def compress(vis_btpd, mask_bt, event_bt, keep, *, metric="dot", weighted=False, t_bt=None) -> Compressed:
+def compress(
+    vis_btpd, mask_bt, event_bt, keep, *, metric="dot", weighted=False, target_b=None, t_bt=None
+) -> Compressed:
     """Arguments and result as `marc_jax.memory.compress.compress`."""
-    weights_bkt = merge_weights(vis_btpd, mask_bt, event_bt, keep, weighted=weighted, metric=metric)
+    weights_bkt = merge_weights(
+        vis_btpd, mask_bt, event_bt, keep, weighted=weighted, target_b=target_b, metric=metric
+    )  # fmt: skip
     return apply_weights(vis_btpd, mask_bt, weights_bkt, t_bt)

@@ -10,6 +10,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from marc_jax.baselines import uniform
+from marc_jax.baselines.kept import KeptTokens, budget, gather
 from marc_jax.baselines.uniform import uniform_weights
 from marc_jax.memory.compress import Compressed, apply_weights
 
@@ -38,6 +40,29 @@ def compress(vis_btpd, mask_bt, event_bt, keep, *, tokens_per_patch=1, t_bt=None
         weights_bkt=weights_bkt,
         mask_bk=jnp.broadcast_to(any_b[:, None], (b, keep)),
     )
+
+
+def compress_tokens(vis_btpd, mask_bt, event_bt, keep, *, grid_hw, side=2, target_b=None) -> KeptTokens:
+    """Uniform patches, each pooled in blocks of side x side tokens; arguments and result as in `kept`.
+
+    As many patches as the budget needs, the last cut short if it does not divide. `grid_hw`: a patch's tokens (h, w),
+    of which `side` must divide both. A pooled token stands at its block's upper left one.
+    """
+    del event_bt
+    (h, w), (b, t, p, d) = grid_hw, vis_btpd.shape
+    if h % side or w % side:
+        raise ValueError(f"{h} x {w} tokens do not divide into blocks of {side} x {side}")
+    each = p // side**2
+    count_b = jnp.minimum(budget(mask_bt, p, keep, target_b), jnp.sum(mask_bt, axis=1) * each)
+    slot_bk, valid_bk = uniform.select(None, mask_bt, t, target_b=-(-count_b // each))
+    read_bt = jnp.any((slot_bk[:, :, None] == jnp.arange(t)) & valid_bk[:, :, None], axis=1)
+    blocks = vis_btpd.reshape(b, t, h // side, side, w // side, side, d).astype(jnp.float32)
+    small = jnp.where(mask_bt[:, :, None, None, None], blocks.mean((3, 5)), 0).astype(vis_btpd.dtype)
+    corner = jnp.pad(small[:, :, :, None, :, None], [(0, 0)] * 3 + [(0, side - 1), (0, 0), (0, side - 1), (0, 0)])
+    at_corner = ((jnp.arange(h) % side == 0)[:, None] & (jnp.arange(w) % side == 0)).reshape(p)
+    chosen_btp = read_bt[:, :, None] & at_corner
+    first_btp = (jnp.cumsum(chosen_btp.reshape(b, t * p), axis=1) <= count_b[:, None]).reshape(b, t, p)
+    return gather(corner.reshape(b, t, p, d), chosen_btp & first_btp, keep)
 
 
 def _spread_weights(mask_bt, rows):

@@ -5,8 +5,10 @@ and 100 %. Everything else (soft scores, questions that share a video, a ratio o
 of two sums and gets one bootstrap, `bootstrap_ratio`.
 """
 
+import dataclasses
 import math
 import statistics
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -80,17 +82,79 @@ def bootstrap_ratio(
     return float(min(low, point)), float(max(high, point))
 
 
-def _resampled_ratios(num: np.ndarray, den: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Ratios of `resamples` bootstrap samples. Equal rows are one multinomial cell: the same law, less work."""
-    cells, counts = np.unique(np.stack([num, den], axis=1), axis=0, return_counts=True)
-    share, n = counts / counts.sum(), len(num)
+def _resampled_sums(rows: np.ndarray, resamples: int, rng: np.random.Generator):
+    """Column sums of `resamples` bootstrap samples of rows [n, k], in parts [r, k].
+
+    Equal rows are one multinomial cell: the same law, less work.
+    """
+    cells, counts = np.unique(rows, axis=0, return_counts=True)
+    share, n = counts / counts.sum(), len(rows)
     step = max(1, _CHUNK // len(cells))
-    parts = []
     for start in range(0, resamples, step):
-        drawn = rng.multinomial(n, share, size=min(step, resamples - start)) @ cells  # [r, 2]
-        parts.append(drawn[drawn[:, 1] != 0])
-    sums = np.concatenate(parts)
+        yield rng.multinomial(n, share, size=min(step, resamples - start)) @ cells
+
+
+def _resampled_ratios(num: np.ndarray, den: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Ratios of `resamples` bootstrap samples."""
+    parts = _resampled_sums(np.stack([num, den], axis=1), resamples, rng)
+    sums = np.concatenate([drawn[drawn[:, 1] != 0] for drawn in parts])
     return sums[:, 0] / sums[:, 1] if len(sums) else np.asarray([num.sum() / den.sum()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+    """A weighted mean of group means with its bootstrap: value, (low, high), two-sided p that it is 0."""
+
+    value: float
+    ci95: tuple[float, float]
+    p: float
+
+
+def macro(
+    values: np.ndarray,
+    groups: np.ndarray,
+    weights: Mapping,
+    *,
+    clusters: np.ndarray | None = None,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Macro:
+    """sum_g w_g mean(values of g) / sum_g w_g over the groups that occur; for a difference of two arms, values a - b.
+
+    Args:
+      values: float [n].
+      groups: [n] labels, keys of `weights`. One group: the plain mean.
+      clusters: [n] labels of the unit to resample; each value alone when None. A resample without any row of a group
+        leaves the group out.
+    Raises:
+      ValueError: no values, or lengths that differ.
+    """
+    values = np.asarray(values, np.float64)
+    if not len(values) or len(values) != len(groups):
+        raise ValueError(f"{len(values)} values of {len(groups)} groups: they must be as many, and some")
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    share = np.array([weights[name] for name in names.tolist()], np.float64)
+    unit = np.arange(len(values)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums, counts = np.zeros((2, unit.max() + 1, len(names)))
+    np.add.at(sums, (unit, group), values)
+    np.add.at(counts, (unit, group), 1.0)
+
+    def mean(drawn: np.ndarray) -> np.ndarray:
+        total, n = drawn[:, : len(names)], drawn[:, len(names) :]
+        there = np.where(n > 0, share, 0.0)
+        return (total / np.maximum(n, 1) * there).sum(1) / there.sum(1)
+
+    rows = np.concatenate([sums, counts], axis=1)
+    value = float(mean(rows.sum(0, keepdims=True))[0])
+    resampled = np.concatenate([mean(d) for d in _resampled_sums(rows, resamples, np.random.default_rng(seed))])
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Macro(value, (float(min(low, value)), float(max(high, value))), _two_sided(value, resampled))
+
+
+def _two_sided(value: float, resampled: np.ndarray) -> float:
+    """(1 + #{|v* - v| >= |v|}) / (1 + resamples)."""
+    return float((1 + np.sum(np.abs(resampled - value) >= abs(value) - 1e-12)) / (1 + len(resampled)))
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -121,6 +185,5 @@ def paired_bootstrap(
     if clusters is not None:
         _, unit = np.unique(np.asarray(clusters), return_inverse=True)
         diff, ones = np.bincount(unit, diff), np.bincount(unit, ones)
-    d = diff.sum() / ones.sum()
     resampled = _resampled_ratios(diff, ones, resamples, np.random.default_rng(seed))
-    return float((1 + np.sum(np.abs(resampled - d) >= abs(d) - 1e-12)) / (1 + len(resampled)))
+    return _two_sided(diff.sum() / ones.sum(), resampled)

@@ -21,6 +21,8 @@ The schema of results.json (percent everywhere, None or absent where unknown; on
     curves        {stage: path of its metrics.jsonl};  predictions  {arm: path of its JSONL}
     samples       [path, or {"path", "caption"}] of the pictures that `pictures.draw_sample` made
                   (paths are absolute or relative to the report's folder, and written back relative)
+    intervals     str; how they were made, where not as usual
+    tables        [{"title", "head": [str], "rows": [[str]]}] of anything else in cells
     notes         [str] of anything else a reader must know
 """
 

@@ -4,23 +4,27 @@ The test videos are indexed once into a memory on disk; every arm reads its patc
 """
 
 import dataclasses
+import functools
 import json
 import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.video import VideoError
 from marc_jax import files, metrics, settings
+from marc_jax.baselines import fastv
 from marc_jax.batches import Asked, Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import judging
-from marc_jax.memory import embed, indexer, store
+from marc_jax.memory import choose, embed, indexer, store
 from marc_jax.memory import view as views
+from marc_jax.models import qwen25_vl
 from marc_jax.records import Records
-from marc_jax.rl import rollout, step
+from marc_jax.rl import rollout
 from marc_jax.run import Run, data_folder, embedded
 from marc_jax.synthetic import read_records, report_unreadable
 
@@ -117,12 +121,11 @@ def segmentation(found: dict, records: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def _batches(test: TestSet, size: int):
-    """Row numbers in batches of one shape; the last is filled up with row 0 and cut by the caller."""
-    n = len(test.records)
-    for start in range(0, n, size):
-        rows = np.arange(start, start + size)
-        yield np.where(rows < n, rows, 0), min(size, n - start)
+def _batches(order: np.ndarray, size: int):
+    """These rows in batches of one shape; the last is filled up with the first row and cut by the caller."""
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        yield np.concatenate([part, np.full(size - len(part), order[0])]), len(part)
 
 
 def take(videos: Videos, rows) -> Videos:
@@ -134,22 +137,37 @@ def queries(run: Run, test: TestSet, rows):
 
 
 def make_answerer(run: Run, view: views.View, sizes: Sizes):
-    """Compiled (params, retriever, bank, index, queries, prompt, ids) -> greedy completions through one view.
-
-    Arms that look the same way share one compiled function.
+    """(params, retriever, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view, int [B]
+    visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
     """
-    if (view, sizes) in run.compiled:
-        return run.compiled[view, sizes]
-    encode = views.make_encode(view, run.grid_hw, run.time_scale)
-    sample = step.make_sampler(run.cfg, encode, run.decoding(0.0), **run.binding)
+    how = run.decoding(0.0)
 
-    @jax.jit
-    def answer(params, retriever, bank, index, asked, prompt, ids_b):
+    def look(params, retriever, bank, emb_nd, index, asked, prompt):
         query = embedded(view, retriever, asked)
-        visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed))
-        return sample(params, prompt, visual, rollout.rollout_keys(run.config.seed, 0, ids_b, 1))
+        visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed), emb_nd)
+        encode = views.make_encode(view, run.grid_hw, run.time_scale)
+        vis, prompt = encode(qwen25_vl.bind(run.cfg, params, **run.binding), visual, prompt)
+        slots = view.kept(index.patch_bt.shape[1], sizes.event) * run.prompter.tokens_per_patch
+        return jnp.pad(vis, ((0, 0), (0, max(slots - vis.shape[1], 0)), (0, 0)))[:, :slots], prompt
 
-    run.compiled[view, sizes] = answer
+    def speak(pruned, params, vis, prompt, ids_b):
+        model = qwen25_vl.bind(run.cfg, params, **run.binding)
+        keys = rollout.rollout_keys(run.config.seed, 0, ids_b, 1)
+        read_b = jnp.sum(prompt.mask_bp & (prompt.vis_index_bp >= 0), axis=1)
+        if pruned is None:
+            return rollout.decode(model, rollout.prefill(model, vis, prompt), keys, how), read_b
+        read_b, slots = pruned.count(read_b, 1), vis.shape[1]
+        length = prompt.tokens_bp.shape[1] - slots + int(pruned.count(np.array(slots), 1))
+        prefix = fastv.prefill(model, vis, prompt, read_b, layer=pruned.layer, length=length)
+        return rollout.decode(model, prefix, keys, how), read_b
+
+    look = run.compiled.setdefault((view, sizes), jax.jit(look))
+    pruned = view if view.method == "fastv" else None
+    speak = run.compiled.setdefault(("speak", pruned), jax.jit(functools.partial(speak, pruned)))
+
+    def answer(params, *looked_at, prompt, ids_b):
+        return speak(params, *look(params, *looked_at, prompt), ids_b)
+
     return answer
 
 
@@ -157,40 +175,42 @@ def answer_all(
     run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str
 ) -> list[dict]:
     """Prediction rows (see `scoring`) of one arm, in the order of the questions."""
-    view, most = run.view(view_name), test.sizes.event
-    answer = make_answerer(run, view, test.sizes)
-    bank, rows = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None, []
-    with metrics.Progress(label, len(test.records)) as bar:
-        for chosen, real in _batches(test, run.config.eval.batch):
-            asked = test.asked(chosen)
-            index, sizes = asked.index(), asked.sizes
-            records = [test.records[i] for i in chosen]
-            texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
-            prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
-            inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
-            own, *inputs = run.split(asked.bank, *inputs)
-            done = answer(params, run.retriever, bank if own is None else own, *inputs)
-            tokens_br, mask_br = (np.asarray(x)[:real, 0] for x in (done.tokens_bgr, done.mask_bgr))
-            used = visual_tokens(run, view, index)[:real]
-            for record, tokens, mask, count in zip(records[:real], tokens_br, mask_br, used, strict=True):
-                rows.append(_row(run, record, tokens[mask], int(count)))
-            bar.update(len(rows))
+    order, rows = np.arange(len(test.records)), []
+    for _, found in answers(run, params, view_name, visual, test, label, order):
+        rows += found
     fields = ("problem_id", "question_type", "problem_type", "solution")
     return rows + [{**{f: record[f] for f in fields}, "error": "unreadable video"} for record in test.unreadable]
 
 
-def visual_tokens(run: Run, view: views.View, index) -> np.ndarray:
-    """int [B]; visual tokens that the decoder reads of each video."""
-    p = run.prompter.tokens_per_patch if index.shapes is None else index.shapes.tokens_b
-    t_b = index.mask_bt.sum(1)
-    if view.select == "none":
-        return np.zeros(len(t_b), int)
-    if view.method == "keep" and view.select == "retrieve":
-        return np.minimum(np.sort(index.len_be, axis=1)[:, -view.k :].sum(1), t_b) * p
-    kept = {"keep": t_b if view.select == "all" else np.ones_like(t_b), "merge": np.minimum(view.keep, t_b)}
-    kept |= {"per_event": np.minimum(view.k, index.mask_be.sum(1))}
-    kept |= dict.fromkeys(("mean", "pooled"), np.ones_like(t_b))
-    return kept[view.method] * p
+def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str, order):
+    """Yields (row numbers, their prediction rows) batch by batch, of the questions in `order`."""
+    view, most = run.view(view_name), test.sizes.event
+    answer, done = make_answerer(run, view, test.sizes), 0
+    bank = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None
+    emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
+    with metrics.Progress(label, len(order)) as bar:
+        for chosen, real in _batches(np.asarray(order), run.config.eval.batch):
+            asked = test.asked(chosen)
+            index, sizes = asked.index(), asked.sizes
+            texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
+            prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
+            inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
+            own, *inputs, prompt, ids_b = run.split(asked.bank, *inputs)
+            looked_at = (bank if own is None else own, emb, *inputs)
+            said, read_b = answer(params, run.retriever, *looked_at, prompt=prompt, ids_b=ids_b)
+            tokens_br, mask_br, used = (np.asarray(x) for x in (said.tokens_bgr[:, 0], said.mask_bgr[:, 0], read_b))
+            yield chosen[:real], [
+                _row(run, test.records[chosen[i]], tokens_br[i][mask_br[i]], int(used[i])) for i in range(real)
+            ]
+            done += real
+            bar.update(done)
+
+
+def patch_embeddings(run: Run, test: TestSet):
+    """Embeddings [N, D] of the bank's patches by the run's own retriever, each patch on its own."""
+    if "patch_embeddings" not in run.compiled:
+        run.compiled["patch_embeddings"] = jax.jit(embed.embed_patches)
+    return run.compiled["patch_embeddings"](run.retriever, run.whole(test.bank["features"]))
 
 
 def _row(run: Run, record: dict, tokens: np.ndarray, visual: int) -> dict:
@@ -212,7 +232,7 @@ def retrieval(run: Run, test: TestSet) -> dict:
     needed = needed_events(test)
     for k in hits:
         view = views.View(select="retrieve", method="merge", k=k)
-        for chosen, real in _batches(test, run.config.eval.batch):
+        for chosen, real in _batches(np.arange(len(test.records)), run.config.eval.batch):
             index = take(test.videos, chosen).index(test.sizes)
             query = embed.embed_questions(run.retriever, *queries(run, test, chosen))
             all_b, _ = embed.recall(*views.retrieved(view, index, query), needed[chosen])
@@ -253,7 +273,9 @@ def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:
             raise ConfigError(f"config.eval.arms.{arm}.stage names {stage!r}, which is no stage")
         if stage not in loaded:
             loaded[stage] = run.parameters(stage)
-        out[arm] = (loaded[stage], run.config[stage].visual if stage else "features")
+        if run.view(run.config.eval.arms[arm].view).reads_pixels:
+            visual = "pixels"
+        else:
+            visual = run.config[stage].visual if stage else "features"
+        out[arm] = (loaded[stage], visual)
     return out
-
-

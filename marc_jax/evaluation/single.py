@@ -109,9 +109,14 @@ class Answerer:
         encoder: embeds the question in place of the run's retriever: the one that embedded the events.
         max_new: most tokens of an answer; default the run's.
         """
+        if view.asks and view.select != "retrieve":
+            raise ConfigError(f"a view that selects by {view.select!r} is for evaluation: a memory embeds events alone")
+        if view.method == "fastv":
+            raise ConfigError("a view that drops tokens inside the decoder ('fastv') is for evaluation")
         self.here, self.view, self.encoder = here, view, encoder
         self.params = here.parameters(stage)
-        self.pixels = bool(stage) and here.config[stage].get("visual", "features") == "pixels"
+        own_tower = bool(stage) and here.config[stage].get("visual", "features") == "pixels"
+        self.pixels = view.reads_pixels or own_tower
         self._lay_out = self._from_files if settings.on_files(here.config) else self._joined
         self._style = "eval" if stage else "glued"
         cfg, how, binding = here.cfg, here.decoding(0.0, max_new), here.binding
@@ -165,7 +170,7 @@ class Answerer:
             ids_bk, valid_bk = self._retrieved(index, query)
             chosen = np.asarray(ids_bk)[0][np.asarray(valid_bk)[0]].tolist()
         events, per_video = _events(entries, scores, chosen)
-        used = int(run.visual_tokens(here, view, index)[0])
+        used = int(np.sum(np.asarray(prompt.mask_bp & (prompt.vis_index_bp >= 0))))
         own = here.prompter.tokens_per_patch if index.shapes is None else int(index.shapes.tokens_b[0])
         everything = own * sum(len(entry.tokens) for entry in entries.values())
         text = here.tokenizer.decode(said.tolist())

@@ -117,7 +117,7 @@ def type_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list]]]:
 
 
 def tables(results: Mapping) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, head, rows) of the smaller tables: claims, paired comparisons, retriever, segmentation."""
+    """(title, head, rows) of the smaller tables: claims, paired comparisons, retriever, segmentation, any others."""
     found = []
     claims = results.get("claims") or []
     if claims:
@@ -147,7 +147,7 @@ def tables(results: Mapping) -> list[tuple[str, list[str], list[list[str]]]]:
     if results.get("segmentation"):
         rows = [[name.replace("_", " "), number(value)] for name, value in results["segmentation"].items()]
         found.append(("Event boundaries", ["measure", "value"], rows))
-    return found
+    return found + [(t["title"], t["head"], t["rows"]) for t in results.get("tables") or []]
 
 
 def _asked(comparison: Mapping) -> str:
@@ -173,7 +173,8 @@ def method(results: Mapping) -> list[str]:
     if results.get("apart"):
         types = ", ".join(results["apart"])
         words.append(f"Headline accuracy and retention leave {types} questions out; the tables by type show them.")
-    words.append("Intervals are 95 %: Wilson's for right or wrong; a bootstrap for soft scores and ratios of arms.")
+    usual = "Wilson's for right or wrong; a bootstrap for soft scores and ratios of arms"
+    words.append(f"Intervals are 95 %: {results.get('intervals') or usual}.")
     words.append("Retention is accuracy divided by the teacher's, on the same questions, resampled together.")
     chance = (results.get("chance") or {}).get("headline")
     if chance:

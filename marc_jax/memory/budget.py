@@ -84,18 +84,20 @@ def of_patches(budget_be, event_bt) -> jax.Array:
     return jnp.maximum(jnp.take_along_axis(budget_be, at_bt, axis=1), 1)
 
 
-def telling_tokens(tokens_bkpd, mask_bk, count: int) -> jax.Array:
-    """Which `count` tokens to keep where less than whole patches fit: those least like the mean of their patch.
+def telling_tokens(tokens_bkpd, mask_bkp, count) -> jax.Array:
+    """Which `count` (an int, or int [B]) tokens to keep where less than whole patches fit: those least like the mean of
+    their patch.
 
-    bool [B, K, P]; score 1 - cos(token, mean of the patch's unit tokens), the earlier token on a tie; all tokens of
-    valid patches if they are not more than `count`.
+    bool [B, K, P], some of mask_bkp; score 1 - cos(token, mean of the patch's unit tokens), the earlier token on a tie;
+    all valid tokens if they are not more than `count`.
     """
     b, k, p, _ = tokens_bkpd.shape
     x = lax.stop_gradient(tokens_bkpd).astype(jnp.float32)
     unit = x * lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-30)
-    mean = jnp.mean(unit, axis=2, keepdims=True)
+    mean = jnp.mean(jnp.where(mask_bkp[..., None], unit, 0), axis=2, keepdims=True)
     mean *= lax.rsqrt(jnp.sum(mean**2, axis=-1, keepdims=True) + 1e-30)
-    score_bkp = jnp.where(mask_bk[:, :, None], 1 - jnp.sum(unit * mean, axis=-1), -jnp.inf)
-    _, at_bn = lax.top_k(score_bkp.reshape(b, k * p), min(count, k * p))
-    chosen_bn = jnp.zeros((b, k * p), bool).at[jnp.arange(b)[:, None], at_bn].set(True)
-    return chosen_bn.reshape(b, k, p) & mask_bk[:, :, None]
+    score_bkp = jnp.where(mask_bkp, 1 - jnp.sum(unit * mean, axis=-1), -jnp.inf)
+    order_bn = jnp.argsort(-score_bkp.reshape(b, k * p), axis=1, stable=True)
+    rank_bn = jnp.argsort(order_bn, axis=1)
+    chosen_bn = rank_bn < jnp.broadcast_to(count, b)[:, None]
+    return chosen_bn.reshape(b, k, p) & mask_bkp

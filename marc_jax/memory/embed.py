@@ -123,13 +123,14 @@ def embed_questions(params, tokens_bl, mask_bl) -> jax.Array:
     return unit(_mlp(p["head"], _flat(_pool(x_blw @ p["score"], x_blw, mask_bl))))
 
 
-def loss(params, query_bd, event_emb_bed, event_mask_be, needed_be, *, in_batch: float = 0.0):
+def loss(params, query_bd, event_emb_bed, event_mask_be, needed_be, *, in_batch: float = 0.0, apart_bc=None):
     """Contrastive loss: (sum over questions, number of questions, logits [B, E]).
 
     Own-video term: cross-entropy between softmax_e(s <q, e>) and the uniform distribution on the needed events, so that
     a question over several events pulls all of them. In-batch term (weight `in_batch`): symmetric InfoNCE (CLIP,
     arXiv 2103.00020) of questions against the mean of their needed events; keep it small where different videos
-    may hold the same content (false negatives). Questions without a needed event do not count.
+    may hold the same content (false negatives), or say with `apart_bc`, bool [B, B], whose events are negatives of
+    whose question. Questions without a needed event do not count.
     """
     scale = jnp.minimum(jnp.exp(params["log_scale"].astype(jnp.float32)), MAX_SCALE)
     needed_be = needed_be & event_mask_be
@@ -140,7 +141,10 @@ def loss(params, query_bd, event_emb_bed, event_mask_be, needed_be, *, in_batch:
     loss_b = -jnp.sum(jnp.where(needed_be, jax.nn.log_softmax(logit_be, axis=1), 0) * target_be, axis=1)
     if in_batch:
         answer_bd = unit(jnp.einsum("be,bed->bd", target_be, event_emb_bed))
-        cross_bc = jnp.where(ok_b[None, :] & ok_b[:, None], scale * query_bd @ answer_bd.T, -1e9)
+        told_bc = ok_b[None, :] & ok_b[:, None]
+        if apart_bc is not None:
+            told_bc &= apart_bc | jnp.eye(len(apart_bc), dtype=bool)
+        cross_bc = jnp.where(told_bc, scale * query_bd @ answer_bd.T, -1e9)
         both_b = jnp.diagonal(jax.nn.log_softmax(cross_bc, axis=1) + jax.nn.log_softmax(cross_bc, axis=0))
         loss_b -= in_batch * 0.5 * both_b
     return jnp.sum(jnp.where(ok_b, loss_b, 0)), jnp.sum(ok_b), logit_be

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines import patches
+from data_pipelines.patches import squash
 from marc_jax import checkpoint, sharding
 from marc_jax.clip_tokenizer import ClipTokenizer, SiglipTokenizer
 from marc_jax.memory import embed, store
@@ -46,20 +47,6 @@ class Encoder(Protocol):
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, D]."""
-
-
-def squash(frames: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] -> [T, size, size, 3] by PIL's antialiased bilinear filter, whatever the aspect ratio."""
-    from PIL import Image
-
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3]")
-    if frames.shape[1:3] == (size, size):
-        return frames
-    out = np.empty((len(frames), size, size, 3), np.uint8)
-    for frame, result in zip(frames, out, strict=True):
-        result[...] = Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BILINEAR)
-    return out
 
 
 def pool_frames(emb_td: np.ndarray, spans: Sequence[tuple[int, int]], how: str = "mean") -> np.ndarray:
@@ -113,8 +100,8 @@ class DualEncoder:
         dtype: of the computation; default bfloat16 on an accelerator, float32 on a CPU.
         mesh: chunks are split over its data and fsdp axes.
         """
-        family = siglip2 if cfg.family == "siglip2" else perception_encoder
-        dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        family = family_of(cfg)
+        dtype = dtype or compute_dtype()
         self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.cfg, self.params, self.name = cfg, params, cfg.name or cfg.family
         self.chunk = -(-chunk // self._ways) * self._ways
@@ -191,8 +178,25 @@ class SmallEncoder:
         return np.asarray(self._ask(self.retriever, *self._queries(list(texts))))
 
 
+def family_of(cfg: clip.Config):
+    """The module of a model: `bind`, `init`, `abstract`."""
+    return siglip2 if cfg.family == "siglip2" else perception_encoder
+
+
+def compute_dtype():
+    """bfloat16 on an accelerator, float32 on a CPU."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
 def open_encoder(folder, *, dtype=None, mesh=None, chunk: int = 16) -> DualEncoder:
-    """PE-Core or SigLIP 2 from a folder: a checkpoint of tools/convert_pe.py, or published safetensors.
+    """PE-Core or SigLIP 2 from a folder, see `load_towers`."""
+    cfg, params, tokenizer, mark = load_towers(folder, mesh)
+    return DualEncoder(cfg, params, tokenizer, fingerprint=mark, dtype=dtype, mesh=mesh, chunk=chunk)
+
+
+def load_towers(folder, mesh=None) -> tuple[clip.Config, dict, Callable, str]:
+    """(sizes, parameters, tokenizer, hash of the files) of a checkpoint of tools/convert_pe.py or
+    `marc_jax.contrastive`, or of published safetensors.
 
     The tokenizer's file lies in the folder too: CLIP's merges or a tokenizer.json.
 
@@ -216,15 +220,14 @@ def open_encoder(folder, *, dtype=None, mesh=None, chunk: int = 16) -> DualEncod
             raise WeightsError(f"{folder}: timm's file holds the image tower alone; questions need the text tower too")
     load_tokenizer = SiglipTokenizer.load if cfg.family == "siglip2" else ClipTokenizer.load
     tokenizer = load_tokenizer(folder, cfg.text.context)
-    family = siglip2 if cfg.family == "siglip2" else perception_encoder
-    target = family.abstract(cfg, jnp.dtype(param_dtype), mesh)
+    target = family_of(cfg).abstract(cfg, jnp.dtype(param_dtype), mesh)
     if step is not None:
         tree, _ = checkpoint.restore(folder, {"params": target}, step, partial=True)
         params, mark = tree["params"], _sha256((folder / f"step_{step:08d}" / "manifest.json").read_bytes())
     else:
         params = clip_weights.load(folder, cfg, target)
         mark = _sha256("".join(sorted({store.file_sha256(file.path) for file in files.values()})).encode())
-    return DualEncoder(cfg, params, tokenizer, fingerprint=mark, dtype=dtype, mesh=mesh, chunk=chunk)
+    return cfg, params, tokenizer, mark
 
 
 def _sha256(data: bytes) -> str:

@@ -2,16 +2,16 @@
 
 A memory is a folder of ArrayRecord shards, written once and never changed:
 
-    <folder>/<time_ns>-<random>.arrayrecord       complete
-    <folder>/<time_ns>-<random>.arrayrecord.tmp   being written, or left by a crash: never read
+    <folder>/<time_ns>-<random>-<machine>.arrayrecord       complete
+    <folder>/<time_ns>-<random>-<machine>.arrayrecord.tmp   being written, or left by a crash: never read
 
 Two records are one video: its head and its tokens, so that events are searched without reading a token. Each record is
 4 bytes little-endian header length, a JSON header (format version, video id, array names, dtypes, shapes), then the
 arrays' raw bytes. The last record of a shard is its JSON index: the fingerprint and [video id, SHA-256 of the file] in
 record order. A shard appears by one rename after fsync, so a crash loses at most what was not flushed, and any number
 of writers may add to one folder, each into its own shards; the newest entry of a video counts. A writer holds a lock
-(flock) on its .tmp file; the next writer removes those that nobody holds. Writers on several machines therefore need a
-file system whose locks work across machines.
+(flock) on its .tmp file; the next writer on this machine removes those that nobody holds. The name ends with a mark of
+the machine, because not every shared file system has locks across machines: others wait a day.
 
 A memory is valid only for the model, preprocessing and options that made it: their `Fingerprint` is in every shard,
 and opening it with another one is an error that names what differs. So is an entry whose video file has changed.
@@ -26,12 +26,15 @@ bfloat16 numbers shrank by a fifth and took twice as long to read (39 MB, a 3B's
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import platform
 import time
 import uuid
+import zlib
 
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
@@ -39,6 +42,8 @@ from array_record.python import array_record_module
 
 VERSION = 2  # 1: one record per video, no content hashes in the index
 SUFFIX = ".arrayrecord"
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+OPEN_SHARDS = 64  # files a reader holds open: a large memory has more shards than a process may have
 AGAIN = "index the videos again, into a new folder"
 
 
@@ -132,22 +137,24 @@ class MemoryWriter:
     Args:
       path: the folder, made if absent.
       fingerprint: must equal that of every shard already there (StaleMemory otherwise).
-      tokens: "keep" the dtype given, or store as "bfloat16", "float32" or "int8" (one float32 scale per token,
-        max |x| / 127).
+      tokens: "keep" the dtype given, or "bfloat16", "float32", "int8" (a float32 scale per token, max |x| / 127).
       flush_bytes: a shard is completed when it has grown to this size; `flush()` does it at any time.
+      reader: a MemoryReader of it, where there is one: only shards that it has not seen are opened.
 
     Attributes:
       bytes: what was added, as stored.
       flushed: when (time.monotonic) `flush` was last called.
     """
 
-    def __init__(self, path, fingerprint: Fingerprint, *, tokens: str = "keep", flush_bytes: int = 1 << 28):
+    def __init__(self, path, fingerprint: Fingerprint, *, tokens="keep", flush_bytes: int = 1 << 28, reader=None):
         if tokens not in ("keep", "bfloat16", "float32", "int8"):
             raise ValueError(f"tokens must be 'keep', 'bfloat16', 'float32' or 'int8', not {tokens!r}")
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
         self.tokens, self.flush_bytes = tokens, flush_bytes
         self.path.mkdir(parents=True, exist_ok=True)
-        self._done = MemoryReader(path, fingerprint).contents()
+        reader = MemoryReader(path, fingerprint) if reader is None else reader
+        reader.refresh()
+        self._done = reader.contents()
         self._known = {sha256: video for video, sha256 in self._done.items()}
         remove_leftovers(self.path)
         self._writer, self._lock, self._name, self._added, self._size = None, None, None, [], 0
@@ -166,7 +173,7 @@ class MemoryWriter:
         """Adds one video; durable after the next flush. An id may be added again: the newest entry counts."""
         records = _encode(video_id, entry, self.tokens)
         if self._writer is None:
-            self._name = self.path / f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}{SUFFIX}"
+            self._name = self.path / f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}-{MACHINE}{SUFFIX}"
             self._lock = _locked(f"{self._name}.tmp")
             self._writer = array_record_module.ArrayRecordWriter(f"{self._name}.tmp", "group_size:1,uncompressed")
         for record in records:
@@ -212,12 +219,13 @@ class MemoryWriter:
 
 
 class MemoryReader:
-    """Read access by video id: `reader[video_id]`, `video_id in reader`, `len(reader)`, iteration over ids."""
+    """Read access by video id: `reader[video_id]`, `in`, `len`, iteration over ids. `shards`: how many were seen."""
 
     def __init__(self, path, fingerprint: Fingerprint | None):
         """fingerprint None reads any memory (to inspect it); entries are then not known to fit any model."""
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
-        self._shards: dict[str, tuple[object, list]] = {}
+        self._shards, self.shards = {}, 0  # {name: the videos of its index}
+        self._open = functools.lru_cache(OPEN_SHARDS)(lambda name: _open(self.path / name))
         self._where: dict[str, tuple[str, int, str]] = {}
         self.refresh()
 
@@ -225,22 +233,21 @@ class MemoryReader:
         """Sees shards completed since; True if there were any."""
         if not self.path.is_dir():
             raise StoreError(self.path, "no such memory folder")
-        before = len(self._shards)
         for shard in sorted(self.path.glob(f"*{SUFFIX}")):
             if shard.name in self._shards:
                 continue
-            reader = _open(shard)
-            index = _index(shard, reader)
+            index = _index(shard, self._open(shard.name))
             found = Fingerprint(tuple((name, value) for name, value in index["fingerprint"]))
             if self.fingerprint is not None and found != self.fingerprint:
                 reason = f"made by another model or other settings ({self.fingerprint.differences(found)}); {AGAIN}"
                 raise StaleMemory(self.path, reason)
-            self._shards[shard.name] = reader, index["videos"]
-        if len(self._shards) == before:
+            self._shards[shard.name] = index["videos"]
+        if len(self._shards) == self.shards:
             return False
+        self.shards = len(self._shards)
         where = {}
         for name in sorted(self._shards):  # oldest first: the newest entry of a video wins
-            where.update({video: (name, i, sha256) for i, (video, sha256) in enumerate(self._shards[name][1])})
+            where.update({video: (name, i, sha256) for i, (video, sha256) in enumerate(self._shards[name])})
         self._where = where
         return True
 
@@ -260,7 +267,7 @@ class MemoryReader:
             raise KeyError(f"{video_id!r} is not in the memory {self.path} ({len(self)} videos)")
         name, i, _ = self._where[video_id]
         try:
-            return _decode(self._shards[name][0].read([2 * i + part for part in which]))
+            return _decode(self._open(name).read([2 * i + part for part in which]))
         except Exception as error:
             raise StoreError(self.path / name, f"video {i} ({video_id}) cannot be read: {error}") from error
 
@@ -353,10 +360,13 @@ def _decode(records: list[bytes]) -> MemoryEntry:
 
 
 def remove_leftovers(folder) -> list[str]:
-    """Removes the .tmp files of writers that are gone; a living writer holds a lock on its own. Returns their names."""
+    """Removes the .tmp files of writers that are gone (a living one holds a lock; another machine's is a day old)."""
     removed = []
     for path in pathlib.Path(folder).glob(f"*{SUFFIX}.tmp"):
+        mark = path.name.removesuffix(f"{SUFFIX}.tmp").split("-")[2:]
         with contextlib.suppress(OSError):  # another writer was faster, or the file system has no locks: leave it
+            if mark not in ([], [MACHINE]) and time.time() - path.stat().st_mtime < 86400:
+                continue
             handle = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

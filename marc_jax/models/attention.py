@@ -180,6 +180,14 @@ def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax
     return _unrows(_joint(_rows(q_blnh[:, None], kv), keys, values, None, None, ok, None), length)[:, 0]
 
 
+def row_probabilities(q_bnh: jax.Array, k_blkh: jax.Array, mask_bl: jax.Array) -> jax.Array:
+    """Attention of one query per row to the real keys, mean over heads, float32 [B, L]: one row of the softmax."""
+    kv, h = k_blkh.shape[2:]
+    q_bkmh = (q_bnh * h**-0.5).reshape(len(q_bnh), kv, -1, h)
+    scores = jnp.einsum("bkmh,blkh->bkml", q_bkmh, k_blkh, preferred_element_type=jnp.float32)
+    return jnp.mean(jax.nn.softmax(jnp.where(mask_bl[:, None, None], scores, NEG), axis=-1), axis=(1, 2))
+
+
 def _causal_mask(mask_bgr: jax.Array, heads: int) -> jax.Array:
     """[b, g, x = r * heads, r]: key not masked and not after the query."""
     order = jnp.arange(mask_bgr.shape[-1])

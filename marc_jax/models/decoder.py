@@ -6,6 +6,7 @@ where a scan would copy each layer's weights out of the stack on every token.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,49 @@ class Decoder(nnx.Module):
         c = self.cfg
         return rope.mrope_cos_sin(pos_3, c.head_dim, c.rope_theta, c.mrope_section, self.runtime.dtype)
 
+    def prefill_pruned(self, x_bld, pos_3bl, mask_bl, at_b, layer: int, keep: Callable, length: int):
+        """Prefill in which only some tokens go on after the first `layer` layers (FastV).
+
+        Args:
+          x_bld, pos_3bl, mask_bl: as for `prefill`, right-padded; at_b: int [B], the last real token.
+          layer: 1 .. number of layers - 1.
+          keep: of the attention float32 [B, L] that the token at_b pays in layer `layer` - 1, mean over heads, which
+            tokens go on, bool [B, L]; at_b is one of them.
+          length: the most tokens that go on, static.
+
+        Returns:
+          The normed hidden states [B, D] of at_b; the cache [layers, B, L, kv, hd], of the later layers only the first
+          `length` places in use; the mask of every layer bool [layers, B, L].
+        """
+        make, stacked = stack_of(self.layers)
+        tables, x = self._tables(pos_3bl), x_bld.astype(self.runtime.dtype)
+        impl, kvs, seen = self.runtime.attention, [], {}
+
+        def attend(q, k, v):
+            seen.update(q=rows_at(q.reshape(*q.shape[:2], -1), at_b).reshape(len(q), *q.shape[2:]), k=k)
+            return attention.causal(q, k, v, mask_bl, impl)
+
+        for i in range(layer):
+            x, kv = make(jax.tree.map(lambda w, i=i: w[i], stacked))(x, *tables, attend)
+            kvs.append(kv)
+        keep_bl = mask_bl & keep(attention.row_probabilities(seen["q"], seen["k"], mask_bl))
+        order_bm = jnp.argsort(~keep_bl, axis=1, stable=True)[:, :length]
+        move = lambda a: jnp.take_along_axis(a, order_bm.reshape(*order_bm.shape, *[1] * (a.ndim - 2)), axis=1)  # noqa: E731
+        mask_bm, tables = move(keep_bl), tuple(map(move, tables))
+
+        def body(x, weights):
+            return make(weights)(x, *tables, lambda q, k, v: attention.causal(q, k, v, mask_bm, impl))
+
+        x, later = jax.lax.scan(body, move(x), jax.tree.map(lambda w: w[layer:], stacked))
+        fill = [(0, 0), (0, 0), (0, mask_bl.shape[1] - length), (0, 0), (0, 0)]
+        early = jax.tree.map(lambda *layers: jnp.stack(layers), *kvs)
+        k, v = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.pad(b, fill)]), early, later)
+        masks = jnp.concatenate([
+            jnp.broadcast_to(mask_bl, (layer, *mask_bl.shape)),
+            jnp.broadcast_to(jnp.pad(mask_bm, fill[1:3]), (len(k) - layer, *mask_bl.shape)),
+        ])  # fmt: skip
+        return rows_at(self.norm(x), jnp.sum(mask_bm, axis=1) - 1), KV(k, v), masks
+
     def _run(self, x, pos_3, attend, per_layer):
         """Runs all layers; attend(q, k, v, per_layer[l]); -> normed activations, keys, values (stacked over layers)."""
         cos, sin = self._tables(pos_3)
@@ -180,11 +224,14 @@ class Decoder(nnx.Module):
         return self._run(x_bgrd.astype(self.runtime.dtype), pos_3bgr, attend, prefix)[0]
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
+        """`prefix_mask_bp` may have a leading axis of layers (`prefill_pruned`)."""
+
         def attend(q, k, v, mine):
-            pre, old = mine
-            return attention.prefix_step(q, k, v, old.k, old.v, index, pre.k, pre.v, prefix_mask_bp)
+            pre, old, mask_bp = mine
+            return attention.prefix_step(q, k, v, old.k, old.v, index, pre.k, pre.v, mask_bp)
 
         # Of the same arrays at every step, so XLA moves the transposition out of the decoding loop.
         prefix = jax.tree.map(lambda a: a.swapaxes(2, 3), prefix)
-        x, k, v = self._run(x_bgd.astype(self.runtime.dtype), pos_3bg, attend, (prefix, past))
+        masks = jnp.broadcast_to(prefix_mask_bp, (len(prefix.k), *prefix_mask_bp.shape[-2:]))
+        x, k, v = self._run(x_bgd.astype(self.runtime.dtype), pos_3bg, attend, (prefix, past, masks))
         return x, cache.write(past, k, v, index)

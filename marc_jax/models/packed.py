@@ -160,10 +160,13 @@ class Packed(nnx.Module):
         return x, KV(*(a.reshape(-1, b, length, *a.shape[2:]) for a in (k, v)))
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
-        """One token per (b, g): -> ([B, G, D], the cache with slot `index` written)."""
+        """One token per (b, g): -> ([B, G, D], the cache with slot `index` written).
+
+        `prefix_mask_bp` may have a leading axis of layers (`Decoder.prefill_pruned`); the kernel knows one mask alone.
+        """
         b, g, d = x_bgd.shape
         index = jnp.asarray(index, jnp.int32)
-        fused = self._fused(prefix.k.shape[2])
+        fused = self._fused(prefix.k.shape[2]) and prefix_mask_bp.ndim == 2
         if fused:
             bias = step.key_bias(prefix_mask_bp, index, past.k.shape[4])
         else:
@@ -177,7 +180,8 @@ class Packed(nnx.Module):
                 parts = step.partial_attention(rows, prefix, past, *at, bias, heads=group, spread=SPREAD)
                 out = step.join(parts, g, group).astype(heads.dtype)
             else:
-                keys = (past.k[i], past.v[i], index, prefix.k[i], prefix.v[i], prefix_mask_bp)
+                mask_bp = prefix_mask_bp if prefix_mask_bp.ndim == 2 else prefix_mask_bp[i]
+                keys = (past.k[i], past.v[i], index, prefix.k[i], prefix.v[i], mask_bp)
                 out = attention.prefix_step(*self._split(heads), *keys)
             return _pad_rows(out.reshape(b * g, -1))
 

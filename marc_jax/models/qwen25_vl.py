@@ -19,7 +19,7 @@ from marc_jax.models.cache import KV
 from marc_jax.models.decoder import Decoder, TextConfig
 from marc_jax.models.layers import Runtime
 from marc_jax.models.packed import Packed
-from marc_jax.models.vision import VisionConfig, VisionTower
+from marc_jax.models.vision import VisionConfig, VisionTower, Watched
 
 __all__ = ["KV", "Config", "ConfigError", "Qwen25VL", "TextConfig", "VisionConfig", "abstract", "bind"]
 __all__ += ["config_from_hf", "describe", "init", "pack", "qwen25_vl", "tiny"]
@@ -236,6 +236,12 @@ class Qwen25VL(nnx.Module):
         """Visual tokens [S, p, D] of patches [S, n, C]."""
         return self.visual.merge(self.visual.features(patches_snc, grid_hw))
 
+    def watched_vision(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> tuple[jax.Array, Watched]:
+        """`vision`, and the attention of the tower's last full block, per visual token. Costs one more product of
+        queries and keys per full block; `vision` pays nothing for it."""
+        features, watched = self.visual.watched_features(patches_snc, grid_hw)
+        return self.visual.merge(features), watched
+
     def embed(self, tokens_bl: jax.Array, vis_bnd=None, vis_index_bl=None) -> jax.Array:
         """Input rows [..., D]: the token's embedding, or row `vis_index` of the prompt's visual tokens where >= 0."""
         if vis_bnd is None:
@@ -252,6 +258,10 @@ class Qwen25VL(nnx.Module):
         With `at_b` (int [B]) only the hidden states [B, D] of those positions.
         """
         return self.text.prefill(x_bld, pos_3bl, mask_bl, at_b)
+
+    def prefill_pruned(self, x_bld, pos_3bl, mask_bl, at_b, layer: int, keep, length: int):
+        """Prefill in which only the tokens that `keep` names go on after `layer` layers: `Decoder.prefill_pruned`."""
+        return self.text.prefill_pruned(x_bld, pos_3bl, mask_bl, at_b, layer, keep, length)
 
     def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
         """Right-padded prompts and their teacher-forced suffixes in one pass: `prefill` at `at_b`, then `extend`."""

@@ -115,6 +115,15 @@ class VisionAttention(nnx.Module):
             out = jnp.take(out, plan.slots_of, axis=1)
         return self.proj(out)
 
+    def watch(self, x_snd, cos, sin):
+        """Full attention's probabilities received by each token, mean over heads and queries, float32 [S, n]; and the
+        keys before rotation, mean over heads, [S, n, h]. Holds S * heads * n * n numbers."""
+        s, n, _ = x_snd.shape
+        q, k, _ = jnp.moveaxis(self.qkv(x_snd).reshape(s, n, 3, self.num_heads, -1), 2, 0)
+        scaled = rope.rotate(q, cos, sin) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("sqmh,skmh->smqk", scaled, rope.rotate(k, cos, sin), preferred_element_type=jnp.float32)
+        return jnp.mean(jax.nn.softmax(scores, axis=-1), axis=(1, 2)), jnp.mean(k, axis=2)
+
 
 class VisionBlock(nnx.Module):
     def __init__(self, cfg: VisionConfig, runtime: Runtime, stack=()):
@@ -126,6 +135,21 @@ class VisionBlock(nnx.Module):
     def __call__(self, x, cos, sin, plan):
         x = x + self.attn(self.norm1(x), cos, sin, plan)
         return x + self.mlp(self.norm2(x))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """What the last full-attention block of the tower looked at, per visual token (its four patches averaged).
+
+    Attributes:
+      received_sp: float32 [S, p]; attention received, mean over heads and over all queries of the temporal patch; a
+        patch's values have the mean 1 / n.
+      key_sph: [S, p, h]; keys before rotation, mean over heads.
+    """
+
+    received_sp: jax.Array
+    key_sph: jax.Array
 
 
 class Merger(nnx.Module):
@@ -158,6 +182,18 @@ class VisionTower(nnx.Module):
 
     def features(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> jax.Array:
         """Last block's output [S, n, V] of patches [S, n, C], both in merge-block-major order; grid in patches."""
+        return self._features(patches_snc, grid_hw, False)[0]
+
+    def watched_features(self, patches_snc: jax.Array, grid_hw: tuple[int, int]) -> tuple[jax.Array, Watched]:
+        """`features`, and what the last full-attention block looked at. ValueError: the tower has no such block."""
+        x, (received_sn, key_snh) = self._features(patches_snc, grid_hw, True)
+        s, n, h = key_snh.shape
+        four = self.cfg.spatial_merge_size**2
+        received_sp = received_sn.reshape(s, n // four, four).mean(2)
+        return x, Watched(received_sp, key_snh.reshape(s, n // four, four, h).mean(2))
+
+    def _features(self, patches_snc, grid_hw, watch: bool):
+        """Features, and of the last full-attention block what `VisionAttention.watch` gives (None unless `watch`)."""
         cfg = self.cfg
         plan = windows(tuple(grid_hw), cfg.spatial_merge_size, cfg.window)
         if patches_snc.shape[1] != len(plan.rows):
@@ -166,25 +202,35 @@ class VisionTower(nnx.Module):
         x = self.patch_embed(patches_snc.astype(self.runtime.dtype))
         if plan.order is not None:
             x = jnp.take(x, plan.order, axis=1)
-        x = self._blocks(x, cos, sin, plan if len(plan.lengths) > 1 else None)
-        return x if plan.order is None else jnp.take(x, np.argsort(plan.order), axis=1)
+        out = self._blocks(x, cos, sin, plan if len(plan.lengths) > 1 else None, watch)
+        return out if plan.order is None else jax.tree.map(lambda a: jnp.take(a, np.argsort(plan.order), axis=1), out)
 
-    def _blocks(self, x, cos, sin, plan):
-        """One scan over the stack; its body is one period of the window/full pattern (one layer if all are alike)."""
+    def _blocks(self, x, cos, sin, plan, watch=False):
+        """One scan over the stack; its body is one period of the window/full pattern (one layer if all are alike).
+
+        `watch` looks at the last full block of every period, and the last period's is returned.
+        """
         depth = self.cfg.depth
         kinds = tuple(plan is None or i in self.cfg.fullatt_block_indexes for i in range(depth))
         period = _period(kinds)
         make, stacked = stack_of(self.blocks)
+        full = [i for i in range(period) if kinds[i]]
+        if watch and not full:
+            raise ValueError("no block of the vision tower has full attention: there is none to look at")
 
         def body(x, weights):
+            seen = None
             for i in range(period):
                 block = make(weights if period == 1 else jax.tree.map(lambda w, i=i: w[i], weights))
+                if watch and i == full[-1]:
+                    seen = block.attn.watch(block.norm1(x), cos, sin)
                 x = block(x, cos, sin, None if kinds[i] else plan)
-            return x, None
+            return x, seen
 
         if period > 1:
             stacked = jax.tree.map(lambda w: w.reshape(depth // period, period, *w.shape[1:]), stacked)
-        return jax.lax.scan(maybe_remat(body, self.runtime), x, stacked)[0]
+        x, seen = jax.lax.scan(maybe_remat(body, self.runtime), x, stacked)
+        return x, jax.tree.map(lambda a: a[-1], seen)
 
     def merge(self, features_snv: jax.Array) -> jax.Array:
         """Merged tokens [S, n / 4, D] of `features`, in raster order."""

@@ -88,13 +88,16 @@ def _has_mark(text: str) -> bool:
     return "." in text or "," in text
 
 
-def _number(text: str, mode: str) -> float | None:
-    """videor1: the whole text must be a number. strict: the only number in the text, units allowed, finite."""
-    if mode == "videor1":
-        return parse_number(text)
+def only_number(text: str) -> float | None:
+    """The one number in a text, units allowed; None where there is none or several, or it is not finite."""
     found = _NUMBER.findall(text)
     value = parse_number(found[0]) if len(found) == 1 else None
     return value if value is not None and math.isfinite(value) else None
+
+
+def _number(text: str, mode: str) -> float | None:
+    """videor1: the whole text must be a number. strict: the only number in it."""
+    return parse_number(text) if mode == "videor1" else only_number(text)
 
 
 def _regression(predicted: str, truth: str, mode: str) -> float:

@@ -22,7 +22,7 @@ class Prefix:
     Attributes:
       last_bd: hidden state of the last real prompt token; it predicts the first token of every completion.
       cache: keys and values of the prompt, [layers, B, P, kv_heads, head_dim].
-      mask_bp: bool [B, P].
+      mask_bp: bool [B, P]; [layers, B, P] where layers keep different tokens (`baselines.fastv`).
       next_pos_b: position id of the first generated token.
     """
 

@@ -286,7 +286,7 @@ def _update(state: TrainState, tx, objective, batch, micro_batches: int, *others
     scale = 1 / count.astype(jnp.float32)  # a product fuses into each of the gradient's readers, a quotient does not
     grads = jax.tree.map(lambda g, x: (g * scale).astype(x.dtype), grads, state.params)
     metrics["grad_norm"] = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-    return state.apply(tx, grads), metrics
+    return state.apply(tx, grads, metrics["loss"][0] * scale), metrics
 
 
 def split_batch(batch, n: int):

@@ -54,12 +54,12 @@ def test_values_are_stacked():
     assert batch["value"]["text"] == [f"t{r}" for r in batch["row"]] and batch["number"] == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_resume_is_exact_at_any_worker_count(workers):
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 16), (1, 1), (2, 3)])
+def test_resume_is_exact_at_any_worker_count(workers, prefetch):
     options = dict(batch_size=4, epochs=3, seed=5, max_bad_fraction=0.5)
     records = rows(10, bad=(3,))
     whole = list(loader.iterate(records, load, **options))
-    tail = list(loader.iterate(records, load, start=3, workers=workers, **options))
+    tail = list(loader.iterate(records, load, start=3, workers=workers, prefetch=prefetch, **options))
     assert [b["number"] for b in tail] == list(range(3, len(whole)))
     for a, b in zip(whole[3:], tail, strict=True):
         assert a["bad"] == b["bad"] and (a["row"] == b["row"]).all() and (a["mask"] == b["mask"]).all()

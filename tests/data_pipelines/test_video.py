@@ -367,3 +367,27 @@ def test_damage_tells_how_far_it_got(test_data):
             read_frames(test_data / "videos" / "corrupted.mp4", backend=backend)
         with pytest.raises(VideoError, match="no_timescale.mp4: damaged"):
             read_frames(test_data / "videos" / "no_timescale.mp4", backend=backend)
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path):
+    import cv2
+
+    for number in range(1, 31):
+        cv2.imwrite(str(tmp_path / f"{number:05d}.png"), np.full((40, 60, 3), 8 * number, np.uint8))
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "00031.png").symlink_to(tmp_path / "00001.png")
+    clip = video.read_folder(tmp_path, rate=3.0, fps=1.0, start=2.0, end=8.0, resize=(20, 30))
+    assert clip.frames.shape == (6, 20, 30, 3) and clip.info.num_frames == 30 and clip.info.duration == 10.0
+    assert clip.seconds[0] == 2.0 and clip.seconds[-1] == 8.0
+    assert (clip.frames[:, 0, 0, 0] == 8 * (clip.index + 1)).all()
+    cv2.imwrite(str(tmp_path / "00010.png"), np.zeros((10, 10, 3), np.uint8))
+    with pytest.raises(video.VideoError, match="00010.png.*10x10, the first picture 60x40"):
+        video.read_folder(tmp_path, rate=3.0, fps=None)
+    for place in (tmp_path / "gone", tmp_path / "notes.txt"):
+        with pytest.raises(video.VideoError, match="no folder"):
+            video.read_folder(place, rate=3.0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(video.VideoError, match="holds no pictures"):
+        video.read_folder(tmp_path / "empty", rate=3.0)
+    with pytest.raises(video.VideoError, match="no frame between"):
+        video.read_folder(tmp_path, rate=3.0, start=20.0, end=30.0)

@@ -78,7 +78,8 @@ def test_the_tokens_least_like_their_patch_are_kept():
     rng = np.random.default_rng(1)
     tokens = rng.normal(size=(2, 3, 5, 8)).astype(np.float32)
     mask = np.array([[True, True, False], [True, False, False]])
-    keep = np.asarray(budget.telling_tokens(tokens, mask, 4))
+    valid = np.repeat(mask[:, :, None], 5, axis=2)
+    keep = np.asarray(budget.telling_tokens(tokens, valid, 4))
     for b in range(2):
         unit = tokens[b] / np.linalg.norm(tokens[b], axis=-1, keepdims=True)
         score = 1 - cosine(unit, unit.mean(1, keepdims=True))
@@ -86,5 +87,8 @@ def test_the_tokens_least_like_their_patch_are_kept():
         want = np.zeros(15, bool)
         want[np.argsort(-score.ravel(), kind="stable")[:4]] = True
         assert (keep[b].ravel() == want).all()
-    everything = np.asarray(budget.telling_tokens(tokens, mask, 99))
-    assert (everything == mask[:, :, None]).all()
+    assert (np.asarray(budget.telling_tokens(tokens, valid, 99)) == valid).all()
+    valid[:, :, 3:] = False  # padding is never kept, nor looked at
+    padded = np.asarray(budget.telling_tokens(tokens, valid, 4))
+    alone = np.asarray(budget.telling_tokens(tokens[:, :, :3], valid[:, :, :3], 4))
+    assert (padded[:, :, :3] == alone).all() and not padded[:, :, 3:].any()

@@ -118,11 +118,11 @@ def test_a_killed_writer_loses_only_what_was_not_flushed(tmp_path):
 
 def _write_and_flush(path, name, begun):
     writer = store.MemoryWriter(path, PRINT)
-    begun.set()
     for i in range(10**6):
         writer.add(f"{name}{i}", entry(i % 100))
         if i % 3 == 2:
             writer.flush()
+            begun.set()
 
 
 def test_killed_at_any_moment_a_memory_is_whole(tmp_path):
@@ -156,6 +156,29 @@ def test_a_living_writers_shard_is_left_alone(tmp_path):
     assert store.remove_leftovers(tmp_path) == ["0-dead.arrayrecord.tmp"] and left.exists()
     writer.flush()
     assert sorted(store.MemoryReader(tmp_path, PRINT)) == ["a"] and store.remove_leftovers(tmp_path) == []
+
+
+def test_another_machines_shard_is_left_for_a_day(tmp_path):
+    """Its lock may not be seen here."""
+    for age, name in ((0, "1-a-deadbeef"), (90_000, "2-b-deadbeef"), (0, f"3-c-{store.MACHINE}")):
+        path = tmp_path / f"{name}.arrayrecord.tmp"
+        path.write_bytes(b"half a shard")
+        os.utime(path, (time.time() - age,) * 2)
+    assert sorted(store.remove_leftovers(tmp_path)) == [
+        "2-b-deadbeef.arrayrecord.tmp", f"3-c-{store.MACHINE}.arrayrecord.tmp",
+    ]  # fmt: skip
+
+
+def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "OPEN_SHARDS", 2)
+    for i in range(6):
+        with store.MemoryWriter(tmp_path, PRINT) as writer:
+            writer.add(f"v{i}", entry())
+    opened = len(os.listdir("/proc/self/fd"))
+    reader = store.MemoryReader(tmp_path, PRINT)
+    for i in (0, 5, 3, 0, 1, 2, 4):
+        same(reader[f"v{i}"], entry())
+    assert reader.shards == 6 and len(os.listdir("/proc/self/fd")) <= opened + 2
 
 
 def test_heads_are_read_without_tokens_and_contents_without_heads(tmp_path):

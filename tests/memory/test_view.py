@@ -102,7 +102,7 @@ def test_an_adaptive_view_keeps_more_where_more_happens():
     total, per_patch = views.deserved(view, vis, mask, event)
     assert total.tolist() == [2, 8]  # 2 patches of 64 tokens fill 128; 6 want 384 and get the rung of 512
     assert per_patch[0].tolist() == [1] * 6 and per_patch[1].tolist() == [3] * 6
-    visual = views.Visual(vis, mask, event, jnp.zeros((2, 6)))
+    visual = views.Visual(vis, mask, event, jnp.zeros((2, 6)), jnp.full(2, 6))
     assert views.reduce(view, vis, visual).mask_bk.sum(1).tolist() == [2, 6]
 
 
@@ -115,7 +115,7 @@ def test_a_budget_below_a_patch_masks_the_least_telling_tokens():
         def merge_features(self, features):
             return features
 
-    visual = views.Visual(vis, jnp.ones((2, 4), bool), jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4)))
+    visual = views.Visual(vis, jnp.ones((2, 4), bool), jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4)), jnp.full(2, 4))
     tokens, prompt = views.make_encode(views.View("all", "mean", tokens=3), (4, 4), 1.0)(Whole(), visual, prompts(4))
     assert tokens.shape == (2, 4, D) and prompt.mask_bp[:, 1:5].sum(1).tolist() == [3, 3] and prompt.mask_bp[:, 0].all()
 

@@ -40,7 +40,8 @@ def visual_of(features_snc) -> views.Visual:
     shape = (QUESTIONS, PATCHES)
     slots = jnp.broadcast_to(jnp.arange(PATCHES), shape)
     patches = features_snc.reshape(*shape, *features_snc.shape[1:])
-    return views.Visual(patches, jnp.ones(shape, bool), slots // EVENT, slots.astype(jnp.float32))
+    length = jnp.full(QUESTIONS, PATCHES)
+    return views.Visual(patches, jnp.ones(shape, bool), slots // EVENT, slots.astype(jnp.float32), length)
 
 
 class Phases:

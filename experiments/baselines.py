@@ -1,0 +1,64 @@
+"""Every baseline at 25, 10 and 5 % of a video's visual tokens, on the teacher of a finished run; nothing is trained.
+
+    python -m marc_jax.eval --config=experiments/baselines.py --checkpoint=runs/synthetic --out=runs/baselines
+    python -m marc_jax.eval --config=experiments/baselines.py:quickstart --checkpoint=runs/quickstart
+    python -m marc_jax.eval --config=experiments/baselines.py:synthetic,scenic ...    # with the [scenic] extra
+
+The arms are views of the same weights. A share is rounded to whole tokens of each video (5 % of 56 is 3), and what an
+arm really reads is counted from its prompt. Methods that keep whole temporal patches take as many as hold the budget,
+and the least telling tokens go (`memory.budget.telling_tokens`).
+
+Measured on 2026-11-22, as a check that the numbers are plausible: docs/baselines.md, the quick start's shipped teacher,
+200 questions, 2 CPU cores, 12 minutes beside other work. Not yet: the table of the synthetic run with three seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import quickstart, synthetic
+
+SHARES = (0.25, 0.1, 0.05)
+# key, label, view. in_event = 99: the share alone says how far events are merged.
+METHODS = (
+    ("uniform", "uniform frames", {"select": "uniform"}),
+    ("low", "half resolution, uniform frames", {"select": "uniform", "shrink": 2}),
+    ("pooled", "2 x 2 pooling, uniform frames", {"method": "pooled_tokens"}),
+    ("random", "random tokens", {"method": "random_tokens"}),
+    ("random_1", "random tokens, second draw", {"method": "random_tokens", "seed": 1}),
+    ("random_2", "random tokens, third draw", {"method": "random_tokens", "seed": 2}),
+    ("moviechat", "MovieChat merge", {"method": "moviechat"}),
+    ("vidcom2", "VidCom2", {"method": "vidcom2"}),
+    ("visionzip", "VisionZip", {"method": "visionzip"}),
+    ("fastvid", "FastVID", {"method": "fastvid"}),
+    ("holitom", "HoliTom", {"method": "holitom"}),
+    ("evs", "EVS", {"method": "evs"}),
+    ("dtd", "DTD", {"method": "dtd"}),
+    ("fastv", "FastV, after layer 2", {"method": "fastv"}),
+    ("fastv_1", "FastV, after layer 1", {"method": "fastv", "layer": 1}),
+    ("topk", "top-k frames", {"select": "topk"}),
+    ("topk_apart", "top-k frames, never neighbours", {"select": "topk", "apart": 2}),
+    ("bolt", "BOLT", {"select": "bolt"}),
+    ("aks", "AKS", {"select": "aks"}),
+    ("merge", "MARC's merge of the whole video", {"method": "merge", "in_event": 99}),
+    ("marc", "MARC: three events retrieved, merged", {"select": "retrieve", "method": "merge", "in_event": 99}),
+)  # fmt: skip
+
+SCENIC = (
+    ("adjacent", "scenic's adjacent merging", {"method": "adjacent_merge"}),
+    ("token_learner", "scenic's TokenLearner, untrained", {"method": "token_learner"}),
+)
+
+
+def get_config(run="synthetic"):
+    """`run`: whose teacher, "synthetic" or "quickstart"; with ",scenic" behind it also the rows of the extra."""
+    run, *extra = run.split(",")
+    c = {"synthetic": synthetic, "quickstart": quickstart}[run].get_config()
+    methods = METHODS + (SCENIC if extra == ["scenic"] else ())
+    arms = ConfigDict({key: c.eval.arms[key] for key in ("teacher", "blind")})
+    for share in SHARES:
+        percent = round(100 * share)
+        for key, label, view in methods:
+            name = f"{key}_{percent}"
+            c.views[name] = {"select": "all", "method": "keep", "share": share, **view}
+            arms[name] = {"stage": "teacher", "view": name, "label": f"{label}, {percent} %"}
+    c.eval = ConfigDict({"main": "marc_5", "batch": 100, "pictures": 0, "arms": arms})
+    return c
