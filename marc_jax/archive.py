@@ -91,9 +91,9 @@ class Archive:
         encoder, pool, shots: see `Settings`. What is "" is as the memory was made.
         view: one of the run's views to answer with; default the stage's. A published model has those of
           `settings.published`: one patch per retrieved event, and without an encoder all of the video ("full").
-        max_new: most tokens of an answer; default the run's.
         approx: search the archive by `lax.approx_max_k`: faster on TPU, and may miss an event (`retrieve.search`).
         decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
+        max_new: most tokens of an answer; default the run's.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """

@@ -19,8 +19,7 @@ and opening it with another one is an error that names what differs. So is an en
 ArrayRecord was chosen by measurement (2 shared cores; write / read all in random order): 1,000 videos of 12 KB took
 0.11 / 0.04 s, against 3.3 / 0.27 s for one Zarr 3 array per video and 4.8 s with 1.8 times the bytes for OCDBT with a
 commit per video; 32 videos of 0.5 MB took 0.09 / 0.02 s against 0.26 / 0.02 s for Zarr. A shard takes at least
-128 KiB, so flush every few hundred small videos, not after each. Nothing is compressed: random
-bfloat16 numbers shrank by a fifth and took twice as long to read (39 MB, a 3B's 64 frames: 57 against 27 ms of a core).
+128 KiB: flush every few hundred small videos. Nothing is compressed: that took twice as long to read (random bfloat16).
 """
 
 import contextlib
