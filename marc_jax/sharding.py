@@ -124,6 +124,34 @@ def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * axis, RULES["batch"]))
 
 
+def mesh_of(x: jax.Array) -> Mesh | jax.sharding.AbstractMesh | None:
+    """The mesh a computation is for: of the array's type, else of `jax.set_mesh`.
+
+    None on one device by default, and within a `shard_map`.
+    """
+    of_type = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    for mesh in (of_type, jax.sharding.get_abstract_mesh()):
+        if mesh is not None and not mesh.empty:
+            return None if mesh.manual_axes else mesh
+    return None
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """An activation whose first dimension is the batch, held to data and fsdp; its other dimensions are left to XLA.
+
+    Weights are then gathered over fsdp, layer by layer. Left to itself, XLA may rather split the activation's width as
+    the weights' is, and sum partial products of every matrix over the chips. Nothing changes outside a mesh, or where
+    the batch does not divide.
+    """
+    mesh = mesh_of(x)
+    axes = () if mesh is None else tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
+    ways = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if ways == 1 or x.shape[0] % ways:
+        return x
+    rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes, *rest)))
+
+
 def place(x, sharding: NamedSharding) -> jax.Array:
     """An array (or key) that is the same in every process, as one over the mesh; no process waits for another.
 

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from marc_jax import sharding
 from marc_jax.models import qwen25_vl
+from tools import tpu_program
 
 
 def _mesh(data, fsdp, tensor):
@@ -61,6 +62,30 @@ def test_parameters_are_split_as_the_table_says():
     assert tree["text"]["layers"]["attn"]["q"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
     assert tree["text"]["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
     assert tree["text"]["embed"]["embedding"].sharding.spec == P("tensor", "fsdp")
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1)])
+def test_the_vision_tower_gathers_weights_and_never_sums_activations(shape):
+    mesh = _mesh(*shape)
+    cfg = qwen25_vl.tiny(vision_hidden_size=64, vision_num_heads=4)
+    patches = jax.ShapeDtypeStruct((16, 64, cfg.vision.patch_dim), np.float32, sharding=sharding.batch(mesh))
+    tower = jax.jit(lambda params, patches: qwen25_vl.bind(cfg, params).vision(patches, (8, 8)))
+    compiled = tower.lower(qwen25_vl.abstract(cfg, mesh=mesh), patches).compile()
+    assert set(tpu_program.collectives(compiled.as_text())) == {"all-gather"}
+
+
+def test_a_batch_is_held_only_where_it_divides_over_a_mesh():
+    mesh = _mesh(2, 4, 1)
+
+    def held(x):
+        return "sharding_constraint" in str(jax.make_jaxpr(sharding.constrain_batch)(x))
+
+    assert held(jax.device_put(np.ones((16, 3)), sharding.batch(mesh)))
+    assert not held(jax.device_put(np.ones((12, 3)), sharding.replicated(mesh)))
+    assert not held(np.ones((16, 3)))
+    assert not held(jax.device_put(np.ones((16, 3)), sharding.batch(_mesh(1, 1, 8))))
+    local = jax.shard_map(sharding.constrain_batch, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert "sharding_constraint" not in str(jax.make_jaxpr(local)(np.ones((16, 3))))
 
 
 def test_two_dimensions_on_one_mesh_axis_raise():

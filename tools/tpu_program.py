@@ -98,7 +98,28 @@ def _trips(line: str, bodies: dict[str, list[str]]) -> int:
     condition = bodies.get(re.search(r"condition=%?([^\s,]+)", line)[1], [])
     root = next((x for x in condition if x.lstrip().startswith("ROOT")), "")
     limits = [int(c) for x in condition for c in re.findall(r" [su](?:32|64)\[\]\S* constant\((\d+)\)", x)]
-    return limits[0] if len(limits) == 1 and "direction=LT" in root and " compare(" in root else 1
+    if len(limits) != 1 or "direction=LT" not in root or " compare(" not in root:
+        return 1
+    return -(-limits[0] // _step(root, condition, bodies.get(re.search(r"body=%?([^\s,]+)", line)[1], [])))
+
+
+def _step(root: str, condition: list[str], body: list[str]) -> int:
+    """What one turn of a loop adds to its counter: 2 where XLA unrolled it, as it does a matmul over passing slices."""
+
+    def line_of(name: str, lines: list[str]) -> str:
+        return next((x for x in lines if re.match(rf"\s*(?:ROOT )?%?{re.escape(name)} = ", x)), "")
+
+    def operands(line: str, op: str) -> list[str]:
+        found = re.search(rf" {op}\(([^)]*)\)", re.sub(r"/\*[^*]*\*/", "", line))
+        return [name.strip().lstrip("%") for name in found[1].split(",")] if found else []
+
+    index = re.search(r" get-tuple-element\(.*index=(\d+)", line_of(operands(root, "compare")[0], condition))
+    after = operands(next((x for x in body if x.lstrip().startswith("ROOT")), ""), "tuple")
+    if not index or int(index[1]) >= len(after):
+        return 1
+    added = [line_of(name, body) for name in operands(line_of(after[int(index[1])], body), "add")]
+    steps = [int(found[1]) for line in added if (found := re.search(r" constant\((\d+)\)", line))]
+    return steps[0] if len(steps) == 1 and steps[0] > 0 else 1
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

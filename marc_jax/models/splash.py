@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import PartitionSpec as P
 
-from marc_jax.sharding import RULES
+from marc_jax.sharding import RULES, mesh_of
 
 LANES = 128  # the kernel's smallest block
 BLOCKS = (512, 256, LANES)
@@ -129,7 +129,7 @@ def _kernel(mask: library.Mask, heads: int, blocks: tuple[int, int], interpret: 
 
 def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
     """Scaled queries [b, n, q, h] over keys and values [b, k, s, h] of which `real_bs` are real. -> [b, n, q, h]."""
-    mesh = _mesh(q_bnqh)
+    mesh = mesh_of(q_bnqh)
     device = None if mesh is None else getattr(mesh, "abstract_device", None)
     platform = jax.default_backend() if device is None else device.platform
     (b, n), kv = q_bnqh.shape[:2], k_bksh.shape[1]
@@ -156,15 +156,6 @@ def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
         local, mesh=mesh, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False
     )
     return run(q_bnqh, k_bksh, v_bksh, real_bs)
-
-
-def _mesh(x: jax.Array):
-    """The mesh the computation is for: of the array's type, else of `jax.set_mesh`; None on one device by default."""
-    of_type = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    for mesh in (of_type, jax.sharding.get_abstract_mesh()):
-        if mesh is not None and not mesh.empty:
-            return None if mesh.manual_axes else mesh
-    return None
 
 
 def _rows(b: int, mesh) -> tuple[str, ...] | None:

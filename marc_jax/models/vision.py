@@ -15,6 +15,7 @@ from flax import nnx
 
 from marc_jax.models import attention, rope
 from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, maybe_remat, stack_of
+from marc_jax.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,8 @@ class VisionBlock(nnx.Module):
         self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size, bias=True, stack=stack)
 
     def __call__(self, x, cos, sin, plan):
-        x = x + self.attn(self.norm1(x), cos, sin, plan)
-        return x + self.mlp(self.norm2(x))
+        x = constrain_batch(x + self.attn(self.norm1(x), cos, sin, plan))
+        return constrain_batch(x + self.mlp(self.norm2(x)))
 
 
 @jax.tree_util.register_dataclass

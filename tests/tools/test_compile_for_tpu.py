@@ -54,6 +54,33 @@ def test_collectives_count_loops_and_each_channel_once():
     }
 
 
+UNROLLED = """HloModule jit_step
+
+%cond.1 (p: (bf16[8], u32[])) -> pred[] {
+  %constant.3 = u32[]{:T(128)} constant(7)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+%body.1 (p: (bf16[8], u32[])) -> (bf16[8], u32[]) {
+  %constant.4 = u32[]{:T(128)} constant(2)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %collective-permute.1 = bf16[8]{0} collective-permute(%x), channel_id=1
+  %collective-permute.2 = bf16[8]{0} collective-permute(%collective-permute.1), channel_id=2
+  %add.1 = u32[]{:T(128)} add(%i.1, %constant.4)
+  ROOT %tuple.1 = (bf16[8]{0}, u32[]{:T(128)}) tuple(%collective-permute.2, /*index=1*/%add.1)
+}
+
+ENTRY %main.1 (a: f32[4]) -> f32[4] {
+  %while.1 = (bf16[8]{0}, u32[]) while(%t), condition=%cond.1, body=%body.1
+}
+"""
+
+
+def test_an_unrolled_loop_counts_its_turns_not_its_counter():
+    assert tpu_program.collectives(UNROLLED) == {"collective-permute": (2 * 4, 2 * 4 * 8 * 2)}
+
+
 def test_flops_count_scans_and_shards():
     mesh = sharding.make_mesh(2, 2, 2)
 
