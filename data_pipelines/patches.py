@@ -83,6 +83,20 @@ class VideoBudget:
         return smart_resize(height, width, FACTOR, self.min_pixels, most)
 
 
+@dataclasses.dataclass(frozen=True)
+class FrameBudget(VideoBudget):
+    """qwen-vl-utils' sizes, never of more than `most` visual tokens (small frames of odd shapes would be)."""
+
+    most: int = 144
+
+    def size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
+        h, w = super().size(height, width, num_frames)
+        area = FACTOR**2
+        if h * w > self.most * area:
+            h, w = smart_resize(height, width, min_pixels=area, max_pixels=self.most * area)
+        return h, w
+
+
 # Video-R1 trains with the library's limit set to 128 tokens: 134.4 after the 1.05 rule. (A user's max_pixels of 128
 # tokens would be kept strictly.) Its evaluation uses 256.
 VIDEO_R1_BUDGET = VideoBudget(frame_limit=128 * 28 * 28)

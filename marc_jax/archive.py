@@ -1,6 +1,6 @@
 """Index once, ask many: the two verbs behind `marc_jax.index` and `marc_jax.ask`.
 
-    archive = Archive("/data/memory", checkpoint="runs/quickstart")
+    archive = Archive("/data/memory", checkpoint="runs/quickstart")      # or a published Qwen2.5-VL, encoder=FOLDER
     archive.index(["holiday.mp4", "/data/videos"])             # what is there already is skipped
     answer = archive.ask("how many in blue stripes ?")         # or ask(..., video="holiday.mp4")
     print(answer.text, answer.events)                          # events: video, seconds, similarity
@@ -23,17 +23,16 @@ from data_pipelines import loader, patches, sandbox
 from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import files, run, settings
-from marc_jax.checkpoint import CheckpointError
+from marc_jax import files, pretrained, records, run, settings, stage_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
 from marc_jax.memory import store
 from marc_jax.memory.indexer import Decoded, Indexer
-from marc_jax.memory.shots import Shots
 from marc_jax.memory.table import EventTable
 
 SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
 FLUSH_SECONDS = 30.0
+ENCODER = "--encoder=FOLDER (PE-Core or SigLIP 2)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Settings:
     """What a memory was made with; paths are absolute, "" is the run's own.
 
     Attributes:
-      checkpoint: folder of the run, or of one of its stages.
+      checkpoint: folder of the run, of one of its stages, or of a published model.
       encoder: folder of PE-Core, SigLIP 2 or a run whose retriever embeds; shots: folder of TransNetV2.
       pool: "mean" or "max".
     """
@@ -84,15 +83,17 @@ class Archive:
 
     def __init__(
         self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = "",
-        approx: bool = False, decode_seconds: float | None = None,
+        approx: bool = False, decode_seconds: float | None = None, max_new: int | None = None,
     ):  # fmt: skip
         """Args:
         memory: its folder; None: videos are indexed when they are asked about, and forgotten.
-        checkpoint: a run, whose main student answers, or a stage of it.
+        checkpoint: a run, whose main student answers, or a stage of it; or a published Qwen2.5-VL as it is.
         encoder, pool, shots: see `Settings`. What is "" is as the memory was made.
-        view: one of the run's views to answer with; default the stage's.
+        view: one of the run's views to answer with; default the stage's. A published model has those of
+          `settings.published`: one patch per retrieved event, and without an encoder all of the video ("full").
         approx: search the archive by `lax.approx_max_k`: faster on TPU, and may miss an event (`retrieve.search`).
         decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
+        max_new: most tokens of an answer; default the run's.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
@@ -106,37 +107,32 @@ class Archive:
             which = f" ({_lacking(self.folder) or f'{memory} does not say'})" if self.folder else ""
             raise ConfigError(f"--checkpoint=FOLDER is required: which run's model is it ?{which}")
         try:
-            self.here, stage = run.opened(self.settings.checkpoint)
+            self.here, stage = _opened(self.settings.checkpoint)
         except ConfigError as e:
             hint = "" if checkpoint else f"; {memory} was made with it: give --checkpoint=FOLDER, where it is now"
             raise ConfigError(f"{e}{hint}") from None
-        if settings.on_files(self.here.config):
-            raise ConfigError(f"{self.settings.checkpoint}: index and ask do not take runs on files yet")
-        self.stage = stage or self.here.config.eval.arms[self.here.config.eval.main].stage
-        if self.stage not in self.here.config.stages:
+        config = self.here.config
+        arm, self.on_files = config.eval.arms[config.eval.main], settings.on_files(config)
+        self.stage = stage or arm.stage
+        if self.stage and self.stage not in config.stages:
             raise ConfigError(f"--checkpoint: {self.stage!r} is not a stage of this run")
-        self.view = self.here.view(view or self.here.config[self.stage].get("view", "full"))
         self.encoder, self.pool = run.chosen_encoder(self.here, self.settings.encoder, self.settings.pool)
+        usual = config[self.stage].get("view", "full") if self.stage else arm.view if self.encoder else "full"
+        self.view, self.max_new = self.here.view(view or usual), max_new
+        if self.view.select == "retrieve" and self.encoder is None and self.here.retriever is None:
+            raise ConfigError(f"view {view or usual!r} retrieves events, which needs {ENCODER}, for index and ask")
         self.decode_seconds = decode_seconds or DEFAULT_LIMITS.decode_seconds
         self._hashes: dict[tuple, str] = {}
 
     @functools.cached_property
     def indexer(self) -> Indexer:
-        shots = None
-        if self.settings.shots:
-            try:
-                shots = Shots.load(self.settings.shots)
-            except CheckpointError as e:
-                raise ConfigError(f"--shots: {e}") from None
-        params = self.here.parameters(self.here.config.eval.teacher)
-        return Indexer(
-            self.here.cfg, params, self.here.retriever, self.here.sampling, encoder=self.encoder, pool=self.pool,
-            shots=shots,
-        )  # fmt: skip
+        # On files the tower is frozen: that of the stage which answers is the one it started from.
+        params = self.answerer.params if self.on_files else self.here.parameters(self.here.config.eval.teacher)
+        return records.open_indexer(self.here, params, self.encoder, self.pool, self.settings.shots, "--shots")
 
     @functools.cached_property
     def answerer(self) -> single.Answerer:
-        return single.Answerer(self.here, self.stage, self.view, self.encoder)
+        return single.Answerer(self.here, self.stage, self.view, self.encoder, self.max_new)
 
     # ---------------------------------------------------------------- index
 
@@ -217,6 +213,8 @@ class Archive:
     def ask(self, question: str, video: str | None = None) -> single.Answer:
         """Answers from one video, or from those videos of the memory whose events are nearest to the question.
 
+        On files it is the one video with the nearest event: videos differ in shape and rate, and a prompt holds one.
+
         Raises:
           ConfigError: an empty memory, a video it does not hold, a view that cannot look at an archive.
           StaleMemory: made by another model or from another file. VideoError: no memory, and an unreadable video.
@@ -252,6 +250,8 @@ class Archive:
     def draw(self, path, answer: single.Answer) -> None:
         """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""
         if Path(path).suffix == ".png":
+            if self.on_files:
+                raise ConfigError(f"--picture={path}: the film strip needs frames of one size; give a name in .html")
             self.answerer.draw(path, answer, self.clips(answer.entries))
             return
         tracks = {
@@ -307,9 +307,11 @@ class Archive:
         if self.view.select != "retrieve":
             raise ConfigError(
                 "this view looks at whole videos: name one with --video=FILE, or --view=NAME of a view that retrieves"
+                + ("" if self.encoder or self.here.retriever else f" (it needs {ENCODER})")
             )
         clock.once("memory", lambda: self._events.update(self.reader))
-        best = clock.once("search", lambda: self._events.nearest(query[0], self.view.k))
+        k = 1 if self.on_files else self.view.k
+        best = clock.once("search", lambda: self._events.nearest(query[0], k))
         return sorted({name for name, _ in best})
 
     @functools.cached_property
@@ -331,6 +333,21 @@ def frame_jpeg(path, seconds: float, read: Callable = read_frames, height: int =
 
 def _length(entry: store.MemoryEntry) -> float:
     return float(entry.extra.get("duration") or entry.event_seconds.max())
+
+
+def _opened(checkpoint: str) -> tuple[run.Run, str]:
+    """(run, stage) as `run.opened`; or a published checkpoint as it is, safetensors or converted, and no stage.
+
+    Raises ConfigError, WeightsError, CheckpointError, TokenizerError: neither there, or one that cannot be read.
+    """
+    folder = Path(checkpoint)
+    runs = (folder,) if (folder / "config.json").exists() else (folder.parent, folder.parent.parent)
+    if any(map(run.kept_config, runs)) or not stage_settings.holds_weights(folder):
+        return run.opened(checkpoint)
+    pretrained.check(folder)
+    here = run.surroundings(settings.published(checkpoint), folder, pretrained.tokenizer(folder))
+    pretrained.fits(here.cfg, here.tokenizer)
+    return here, ""
 
 
 def _values(settings: Settings) -> tuple:

@@ -5,7 +5,8 @@
     python -m marc_jax.ask --checkpoint=runs/quickstart --video=FILE --question="..."          # no memory
 
 The memory is made by `marc_jax.index` and knows which run's model made it; nothing is decoded or encoded again.
---checkpoint is a run's folder (its main student answers) or a stage's folder inside it. The question is asked once to
+--checkpoint is a run's folder (its main student answers), a stage's folder inside it, or a folder of published
+Qwen2.5-VL weights. The question is asked once to
 compile, then --repeat times; the times are those of the last. --picture=FILE.html is a timeline in one file,
 --picture=FILE.png the film strip with what was merged into what.
 """
@@ -17,7 +18,7 @@ from absl import flags
 
 from marc_jax import config as configs
 
-flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stages; default the memory's.")
+flags.DEFINE_string("checkpoint", None, "A run, a stage of it, or published weights; default the memory's.")
 flags.DEFINE_string("video", None, "Video file; default all of the memory.")
 flags.DEFINE_string("question", None, "The question.")
 flags.DEFINE_string("memory", None, "Folder of a memory.")
@@ -26,6 +27,7 @@ flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its fram
 flags.DEFINE_string("shots", None, "Folder of TransNetV2 weights that divide videos; default: as the memory's.")
 flags.DEFINE_float("decode_seconds", None, "How long decoding a file may take, default 1800.", lower_bound=1)
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
+flags.DEFINE_integer("max_new", None, "Most tokens of the answer; default the run's; published: 256.", lower_bound=1)
 flags.DEFINE_bool("approx", False, "Search the archive by lax.approx_max_k: faster on TPU, may miss an event.")
 flags.DEFINE_string("picture", "ask.html", "Where the picture goes, .html or .png; empty: none.")
 flags.DEFINE_integer("repeat", 1, "How often the question is asked after it has been compiled.", lower_bound=1)
@@ -45,6 +47,7 @@ def main() -> None:
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
         shots=wanted.shots or "", view=wanted.view or "", approx=wanted.approx, decode_seconds=wanted.decode_seconds,
+        max_new=wanted.max_new,
     )  # fmt: skip
     archive.ask(wanted.question, wanted.video)
     answers = [archive.ask(wanted.question, wanted.video) for _ in range(wanted.repeat)]

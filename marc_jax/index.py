@@ -1,6 +1,7 @@
 """Index videos into a memory on disk: once per video, for any number of later questions.
 
     python -m marc_jax.index VIDEO_OR_FOLDER... --memory=DIR --checkpoint=runs/quickstart
+    python -m marc_jax.index VIDEO_OR_FOLDER... --memory=DIR --checkpoint=Qwen2.5-VL-3B --encoder=weights/pe-l14
 
 Folders are searched for videos by the endings of their names. A video that is there already, unchanged, is skipped,
 whatever its name; one that cannot be read is reported, and the others go on. A run that was stopped or killed goes on
@@ -20,7 +21,7 @@ from absl import flags
 
 from marc_jax import config as configs
 
-flags.DEFINE_string("checkpoint", None, "Folder of a run; default the one that the memory was made with.")
+flags.DEFINE_string("checkpoint", None, "A run or published weights; default what the memory was made with.")
 flags.DEFINE_string("memory", None, "Folder of the memory; made if absent.")
 flags.DEFINE_string("encoder", None, "PE-Core, SigLIP 2 or a run whose retriever embeds; default: config.encoder.path.")
 flags.DEFINE_enum("pool", None, ["mean", "max"], "An event: the mean of its frames, or its nearest frame.")

@@ -203,9 +203,9 @@ def over_memory(
     """`open_records` of records that have been read: told apart by their row; `errors` are those of other rows."""
     bad = {e.row: {"row": e.row, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors}
     total = len(records) + len(errors)
-    bad |= {r.row: problem for r in records if (problem := _too_long(run, r, style))}
+    bad |= {r.row: problem for r in records if (problem := too_long(run, r, style))}
     encoder, pool = chosen_encoder(run)
-    worker = _worker(run, encoder, pool)
+    worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
     bad |= {r.row: broken[media_key(r)] | {"row": r.row} for r in records if media_key(r) in broken}
@@ -227,7 +227,8 @@ def _sampled(run: Run, records, errors):
     return [r for r in records if r.row in kept], [e for e in errors if e.row in kept]
 
 
-def _too_long(run: Run, record: sources.Record, style: str) -> dict | None:
+def too_long(run: Run, record: sources.Record, style: str) -> dict | None:
+    """{row, path, reason} of a record with more tokens than a batch takes."""
     text = sources.question_text(record.problem, record.problem_type, record.options, style)
     counts = {"question": run.prompter.words(text, Shape("video", (1, 1), 0.0))[1]}
     if style == "train":
@@ -240,18 +241,20 @@ def _too_long(run: Run, record: sources.Record, style: str) -> dict | None:
     return None
 
 
-def _worker(run: Run, encoder, pool: str) -> indexer.Indexer:
-    shots = None
-    if run.config.data.shots:
-        try:
-            shots = Shots.load(run.config.data.shots)
-        except CheckpointError as e:
-            raise ConfigError(f"config.data.shots: {e}") from None
+def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option: str) -> indexer.Indexer:
+    """Args:
+    params: of the model whose tower is run; `encoder`, `pool`: of `chosen_encoder`.
+    shots: folder of TransNetV2 or "", and the `option` that named it. Raises ConfigError where it cannot be read.
+    """
+    try:
+        divider = Shots.load(shots) if shots else None
+    except CheckpointError as e:
+        raise ConfigError(f"{option}: {e}") from None
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     split = indexer.Indexer.CHUNK % ways == 0
     place = run.split if split else run.whole
     return indexer.Indexer(
-        run.cfg, run.parameters(""), None, run.sampling, encoder=encoder, pool=pool, shots=shots, place=place,
+        run.cfg, params, run.retriever, run.sampling, encoder=encoder, pool=pool, shots=divider, place=place,
         dtype=jnp.dtype(run.config.model.dtype),
     )  # fmt: skip
 

@@ -59,11 +59,11 @@ class Run:
     def grid_hw(self) -> tuple[int, int]:
         return self.sampling.grid_hw
 
-    def decoding(self, temperature: float) -> Sampling:
-        """Completions end at any stop token and hold no vision token."""
+    def decoding(self, temperature: float, max_new: int | None = None) -> Sampling:
+        """Completions end at any stop token and hold no vision token. `max_new`: default config.max_new_tokens."""
         tok = self.tokenizer
         return Sampling(
-            self.config.max_new_tokens, tuple(tok.stop_ids), tok.id("<|endoftext|>"), temperature,
+            max_new or self.config.max_new_tokens, tuple(tok.stop_ids), tok.id("<|endoftext|>"), temperature,
             banned_ids=tuple(tok.banned_ids),
         )  # fmt: skip
 
@@ -216,8 +216,8 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     folder = Path(checkpoint_folder)
     folder = folder.parent if folder.name == "checkpoints" else folder
     for workdir, stage in ((folder, ""), (folder.parent, folder.name)):
-        if (workdir / "config.json").exists() and (workdir / "tokenizer.json").exists():
-            config = ConfigDict(settings.completed(json.loads((workdir / "config.json").read_text())))
+        if (kept := kept_config(workdir)) and (workdir / "tokenizer.json").exists():
+            config = ConfigDict(settings.completed(kept))
             here = surroundings(config, workdir)
             if here.retriever_stage or not settings.on_files(config):
                 here.load_retriever()
@@ -225,15 +225,21 @@ def opened(checkpoint_folder: str) -> tuple[Run, str]:
     raise ConfigError(f"--checkpoint={checkpoint_folder}: no run there (a folder with config.json and tokenizer.json)")
 
 
+def kept_config(folder) -> dict | None:
+    """The config of the run in `folder`; None: no run there. Published weights have a config.json too."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if "stages" in config else None
+
+
 def own_encoder(folder) -> encoders.SmallEncoder | None:
     """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
 
     Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
     """
-    try:
-        if "stages" not in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")):
-            return None  # published weights have a config.json too
-    except (OSError, ValueError):
+    if not kept_config(folder):
         return None
     there, _ = opened(folder)
     params = there.parameters(there.config[there.retriever_stage].init)
@@ -346,12 +352,12 @@ def build_set(config, folder: Path) -> None:
             raise ConfigError(f"config.data: {e}") from None
 
 
-def surroundings(config, workdir: Path | None) -> Run:
-    """Everything static of a run that has begun: tokenizer, model sizes, views. Reads no video.
+def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = None) -> Run:
+    """Everything static of a run that has begun: tokenizer (default the workdir's), model sizes, views. Reads no video.
 
     `workdir` None, for a model of published size alone: without a tokenizer, so for its shapes only.
     """
-    tokenizer = None if workdir is None else Tokenizer.load(workdir / "tokenizer.json")
+    tokenizer = tokenizer or (None if workdir is None else Tokenizer.load(workdir / "tokenizer.json"))
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     if settings.on_files(config):
         return _on_files(config, workdir, tokenizer, mesh)
@@ -369,10 +375,8 @@ def surroundings(config, workdir: Path | None) -> Run:
         pad_token_id=tokenizer.id("<|endoftext|>"), eos_token_ids=tuple(tokenizer.stop_ids),
     )  # fmt: skip
     time_scale = 2 / config.data.fps * cfg.tokens_per_second
-    grid_hw = sampling.grid_hw
-    prompter = Prompter(tokenizer, (grid_hw[0] // 2, grid_hw[1] // 2), time_scale)
-    views = views_of(config, cfg)
-    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
+    prompter = Prompter(tokenizer, tuple(side // 2 for side in sampling.grid_hw), time_scale)
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views_of(config, cfg), sampling, time_scale, mesh)
 
 
 def views_of(config, cfg: qwen25_vl.Config) -> dict[str, View]:
@@ -387,10 +391,9 @@ def _on_files(config, workdir, tokenizer, mesh) -> Run:
     data, size = config.data, config.model.size
     cfg = qwen25_vl.qwen25_vl(size) if size else pretrained.config(config.init_from)
     sampling = indexer.Published(data.fps, data.max_frames, data.frame_tokens, data.image_tokens or data.frame_tokens)
-    patches, lead = data.max_frames // 2, 16
+    patches = data.max_frames // 2
     prompter = tokenizer and Prompter(tokenizer, (1, sampling.tokens), 1.0, prompts.SYSTEM, cache=256)
-    if prompter:
-        lead = prompter.words("", Shape("video", (1, 1), 1.0))[0]
+    lead = prompter.words("", Shape("video", (1, 1), 1.0))[0] if prompter else 16
     views = views_of(config, cfg)
     events = max(patches, *(view.k for view in views.values()))
     sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)

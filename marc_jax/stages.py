@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from marc_jax import optim, settings, sharding, state
+from marc_jax import optim, settings, sharding, stage_settings, state
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
@@ -44,7 +44,7 @@ def build(run: Run, name: str):
 
 def _start(run: Run, name: str, stage):
     """(nested parameters, fresh state, optax chain) of a stage that trains (part of) the model."""
-    whole = settings.trainable(stage)
+    whole = stage_settings.trainable(stage)
     params = run.parameters(stage.init, whole)
     trainable, frozen = optim.partition(params, whole)
     if stage.lora.rank:
@@ -156,7 +156,7 @@ def _two_views(run: Run, stage, params: dict):
 
     Where they are within the state, jitted functions get None in their place, see `_teaching`.
     """
-    within = settings.teacher_within(stage)
+    within = stage_settings.teacher_within(stage)
     teacher = params if within else run.parameters(stage.teacher)
     return teacher, within, run.view(stage.view), run.view(stage.teacher_view), run.bank("features", teacher)
 

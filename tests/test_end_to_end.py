@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from marc_jax.memory import events, store
+from tools.bench import published
 
 SHRINK = '''
 import runpy
@@ -192,7 +193,7 @@ def test_ask_from_a_file_and_from_a_memory_say_the_same(place, repo):
 def test_an_encoder_takes_the_place_of_the_retriever(place, repo):
     """A tiny random PE-Core, converted as a published one would be, embeds events and the question."""
     video = place / "run" / "data" / "videos" / "test" / "000000.mp4"
-    tiny_encoder(place / "pe")
+    published.write_encoder(place / "pe")
     run, encoder = f"--checkpoint={place / 'run'}", f"--encoder={place / 'pe'}"
     memory = f"--memory={place / 'memory_pe'}"
     indexed = start(repo, place, "index", run, encoder, "--pool=max", memory, f"--videos={video}", config=False)
@@ -207,25 +208,6 @@ def test_an_encoder_takes_the_place_of_the_retriever(place, repo):
     assert stale.returncode == 2 and "pool: max in the memory, mean wanted" in stale.stderr
     absent = start(repo, place, "ask", *asked, f"--encoder={place / 'run' / 'data'}", config=False)
     assert absent.returncode == 2 and "--encoder:" in absent.stderr and absent.stderr.count("\n") == 1
-
-
-def tiny_encoder(folder: pathlib.Path) -> None:
-    import jax
-    import numpy as np
-    from tokenizers import Tokenizer, models
-
-    from marc_jax.clip_tokenizer import SPECIAL
-    from marc_jax.models import clip_weights, perception_encoder
-    from marc_jax.models.safetensors_io import write_folder
-    from tools import convert_pe
-
-    cfg, source = perception_encoder.tiny(), folder.with_name("pe_published")
-    tensors = list(clip_weights.published(cfg, "meta", perception_encoder.init(cfg, jax.random.key(0))))
-    source.mkdir()
-    write_folder(source, [(name, np.dtype(np.float32), t.shape) for name, t in tensors], iter(tensors))
-    vocab = {text: i for i, text in enumerate([*"abcdefghijklmnopqrstuvwxyz", *SPECIAL])}
-    Tokenizer(models.BPE(vocab=vocab, merges=[])).save(str(source / "tokenizer.json"))
-    convert_pe.convert(source, folder, cfg=cfg)
 
 
 def test_a_bad_file_is_one_line_and_exit_code_2(place, repo):

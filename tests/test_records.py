@@ -11,10 +11,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from test_end_to_end import tiny_encoder
 
-from data_pipelines import patches, sources
+from data_pipelines import patches
 from marc_jax import batches, messages, pretrained, records, run, settings
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
@@ -22,8 +20,8 @@ from marc_jax.memory import indexer
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
-from marc_jax.tokenizer import QWEN25_ADDED
 from tools import export_weights
+from tools.bench import published
 
 PRESET = '''
 import runpy
@@ -66,31 +64,6 @@ def rows():
     return made
 
 
-def tiny_model(folder: pathlib.Path) -> None:
-    """A random model in the published form, with a byte-level tokenizer that has merges of the prompt's words."""
-    tok = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tok.train_from_iterator([sources.TRAIN_TEMPLATE, *sources.TYPE_SUFFIX.values()] * 3, trainer)
-    tok.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in QWEN25_ADDED[:14]])
-    ids = {
-        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "pad_token_id": "<|endoftext|>",
-        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
-    }  # fmt: skip
-    ids = {field: tok.token_to_id(name) for field, name in ids.items()}
-    stops = (tok.token_to_id("<|im_end|>"), tok.token_to_id("<|endoftext|>"))
-    cfg = qwen25_vl.tiny(
-        vocab_size=tok.get_vocab_size() + 3, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1,
-        vision_hidden_size=16, eos_token_ids=stops, **ids,
-    )  # fmt: skip
-    rng = np.random.default_rng(0)
-    draw = lambda w: (0.1 * rng.standard_normal(w.shape) + ("norm" in str(w.axes))).astype(np.float32)  # noqa: E731
-    export_weights.export(cfg, jax.tree.map(draw, qwen25_vl.describe(cfg)), folder, "float32")
-    tok.save(str(folder / "tokenizer.json"))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, repo, test_data):
     import cv2
@@ -102,8 +75,9 @@ def place(tmp_path_factory, repo, test_data):
         shutil.copyfile(test_data / "videos" / name, media / name)
     cv2.imwrite(str(media / "photo.png"), np.random.default_rng(0).integers(0, 255, (90, 60, 3), np.uint8))
     (folder / "train.json").write_text(json.dumps(rows()))
-    tiny_model(folder / "model")
-    tiny_encoder(folder / "pe")
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vision_hidden_size": 16}
+    published.write_model(folder / "model", qwen25_vl.tiny(**sizes), np.float32, scale=0.1)
+    published.write_encoder(folder / "pe")
     preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
     paths = {"root": media, "train": folder / "train.json", "model": folder / "model", "encoder": folder / "pe"}
     (folder / "tiny.py").write_text(PRESET.format(preset=preset, **{k: str(v) for k, v in paths.items()}))
@@ -161,9 +135,14 @@ def test_eval_and_export(trained, place, repo):
     pretrained.check(out, pretrained.config(place / "model"))
 
 
-def test_index_and_ask_refuse_a_run_on_files_in_one_line(trained):
-    with pytest.raises(ConfigError, match="index and ask do not take runs on files yet"):
-        Archive(None, trained)
+def test_a_run_on_files_indexes_and_answers(trained, place, tmp_path):
+    videos = [str(place / "media" / name) for name in ("bikes.mp4", "dog.mp4")]
+    Archive(tmp_path / "memory", str(trained)).index(videos)
+    told = Archive(tmp_path / "memory")
+    warm, cold = told.ask("What is there?", videos[1]), Archive(None, str(trained)).ask("What is there?", videos[1])
+    assert told.stage == "cgrpo" and told.view == told.here.view("marc") and 0 < warm.tokens < warm.all_tokens
+    assert (warm.text, warm.tokens, warm.events) == (cold.text, cold.tokens, cold.events)
+    assert Archive(tmp_path / "memory", str(trained / "sft")).ask("What is there?").tokens == warm.tokens
 
 
 def opened(trained, place, rows=None, **data):

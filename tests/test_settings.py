@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from marc_jax import config, settings, stages, view_settings
+from marc_jax import config, settings, stage_settings, stages, view_settings
 from marc_jax.evaluation import experiment
 from marc_jax.memory import choose, encoders, view
 from marc_jax.rl import parity
@@ -19,15 +19,15 @@ def test_settings_know_the_names_of_the_rooms_they_may_not_import():
     assert view_settings.SCENIC == choose.SCENIC
     assert view_settings.WATCHERS == tuple(choose.WATCHERS)
     assert settings.POOL == encoders.POOLS
-    assert settings.PARITY == parity.FAMILIES
+    assert stage_settings.PARITY == parity.FAMILIES
     assert sorted(settings.GROUPS) == sorted(experiment.GROUP_ORDER)
     assert set(view_settings.view()) == {field.name for field in view.dataclasses.fields(view.View)}
-    assert set(settings.KINDS) == {*stages.KINDS, "encoder"}  # of contrastive
+    assert set(stage_settings.KINDS) == {*stages.KINDS, "encoder"}  # of contrastive
 
 
-@pytest.mark.parametrize("kind", settings.KINDS)
+@pytest.mark.parametrize("kind", stage_settings.KINDS)
 def test_every_kind_of_stage_has_its_keys(kind):
-    assert settings.stage(kind).kind == kind
+    assert stage_settings.stage(kind).kind == kind
 
 
 def test_an_unknown_kind_is_one_line_with_the_known_ones(tmp_path):
@@ -94,8 +94,8 @@ def test_adapters_alone_train_above_the_teacher_only_where_both_start_alike(repo
     read = lambda *more: settings.experiment(  # noqa: E731
         str(repo / "experiments" / "quickstart.py"), ["--config.cgrpo.lora.rank=4", *more]
     ).cgrpo
-    assert settings.trainable(read()) == () and settings.teacher_within(read())
+    assert stage_settings.trainable(read()) == () and stage_settings.teacher_within(read())
     whole = read("--config.cgrpo.lora.whole=('vision/merger/.*',)")
-    assert settings.trainable(whole) == ("vision/merger/.*",) and not settings.teacher_within(whole)
-    assert not settings.teacher_within(read("--config.cgrpo.init=sft"))
-    assert settings.trainable(read("--config.cgrpo.lora.rank=0")) == ("text/.*", "vision/merger/.*")
+    assert stage_settings.trainable(whole) == ("vision/merger/.*",) and not stage_settings.teacher_within(whole)
+    assert not stage_settings.teacher_within(read("--config.cgrpo.init=sft"))
+    assert stage_settings.trainable(read("--config.cgrpo.lora.rank=0")) == ("text/.*", "vision/merger/.*")

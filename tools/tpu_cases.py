@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from marc_jax import optim, settings, sharding, state
+from marc_jax import optim, settings, sharding, stage_settings, state
 from marc_jax.memory import view as views
 from marc_jax.memory.view import View, Visual
 from marc_jax.models import lora, qwen25_vl
@@ -226,7 +226,7 @@ class Case:
         self.frozen = jnp.dtype(here.config.model.frozen_dtype)
         self.tx = optim.make(stage.optimizer, stage.steps)
         adapters = shapes.adapters(stage.lora) if stage.lora.rank else ({}, {})
-        self.state = shapes.state(self.tx, settings.trainable(stage), self.frozen, *adapters)
+        self.state = shapes.state(self.tx, stage_settings.trainable(stage), self.frozen, *adapters)
         self.how = None
         if stage.kind != "sft":
             how = here.decoding(stage.temperature) if here.tokenizer else _sampling(here.cfg)
@@ -255,7 +255,7 @@ class Case:
             return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
         look, *batch = self.seen(stage.view, sizes.question)
         done = shapes.completions(b, stage.group, self.how.max_new)
-        teacher = None if settings.teacher_within(stage) else shapes.params(self.frozen)
+        teacher = None if stage_settings.teacher_within(stage) else shapes.params(self.frozen)
         if stage.kind == "cgrpo":
             losses = parity(stage.parity, kl_coef=stage.beta)[1]
             losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from data_pipelines import patches, video
+from data_pipelines import patches, sources, video
+from marc_jax import records, settings
 from marc_jax.batches import Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import experiment, pictures, run
@@ -16,6 +18,7 @@ from marc_jax.memory import embed, encoders, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
+from marc_jax.rl.types import PromptBatch
 from marc_jax.run import Run
 
 
@@ -85,38 +88,59 @@ def join(entries: Mapping[str, store.MemoryEntry], query_d: np.ndarray) -> store
     )
 
 
+class Laid(NamedTuple):
+    """A question and what it is about, padded to static sizes: what the compiled functions take."""
+
+    index: views.VideoIndex
+    bank: np.ndarray
+    sizes: Sizes
+    prompt: PromptBatch
+
+
 class Answerer:
     """One stage of a run, looking one way: compiled once for videos and questions of like length."""
 
-    def __init__(self, here: Run, stage: str, view: views.View, encoder: encoders.Encoder | None = None):
-        """`encoder` embeds the question in place of the run's retriever: the one that embedded the events."""
+    def __init__(
+        self, here: Run, stage: str, view: views.View, encoder: encoders.Encoder | None = None,
+        max_new: int | None = None,
+    ):  # fmt: skip
+        """Args:
+        stage: "" is a published model as it is: it gets the question alone, a stage trained on files its own wording.
+        encoder: embeds the question in place of the run's retriever: the one that embedded the events.
+        max_new: most tokens of an answer; default the run's.
+        """
         if view.asks and view.select != "retrieve":
             raise ConfigError(f"a view that selects by {view.select!r} is for evaluation: a memory embeds events alone")
         if view.method == "fastv":
             raise ConfigError("a view that drops tokens inside the decoder ('fastv') is for evaluation")
         self.here, self.view, self.encoder = here, view, encoder
         self.params = here.parameters(stage)
-        self.pixels = view.reads_pixels or here.config[stage].get("visual", "features") == "pixels"
-        cfg, how = here.cfg, here.decoding(0.0)
+        own_tower = bool(stage) and here.config[stage].get("visual", "features") == "pixels"
+        self.pixels = view.reads_pixels or own_tower
+        self._lay_out = self._from_files if settings.on_files(here.config) else self._joined
+        self._style = "eval" if stage else "glued"
+        cfg, how, binding = here.cfg, here.decoding(0.0, max_new), here.binding
         encode = views.make_encode(view, here.grid_hw, here.time_scale)
         self._embed = jax.jit(lambda p, q: embed.embed_questions(p, *q))
         self._select = jax.jit(functools.partial(views.select, view), static_argnums=(3,))
         self._retrieved = jax.jit(functools.partial(views.retrieved, view))
-        self._see = jax.jit(lambda p, v, q: encode(qwen25_vl.bind(cfg, p), v, q))
-        self._say = jax.jit(lambda p, x, k: rollout.decode(qwen25_vl.bind(cfg, p), x, k, how))
+        self._see = jax.jit(lambda p, v, q: encode(qwen25_vl.bind(cfg, p, **binding), v, q))
+        self._say = jax.jit(lambda p, x, k: rollout.decode(qwen25_vl.bind(cfg, p, **binding), x, k, how))
 
         @jax.jit
         def read(params, vis, prompt):
-            model = qwen25_vl.bind(cfg, params)
+            model = qwen25_vl.bind(cfg, params, **binding)
             prefix = rollout.prefill(model, vis, prompt)
             return prefix, model.logits(prefix.last_bd).argmax(-1)
 
         self._read = read
 
     def embed(self, question: str) -> np.ndarray:
-        """[1, D]."""
+        """[1, D]; zeros [1, 1] where nothing embeds, as the events of such a memory."""
         if self.encoder is not None:
             return self.encoder.embed_texts([question])
+        if self.here.retriever is None:
+            return np.zeros((1, 1), np.float32)
         tokens = self.here.prompter.queries([question], self.here.sizes.question)
         return np.asarray(self._embed(self.here.retriever, tokens))
 
@@ -130,15 +154,8 @@ class Answerer:
         """
         here, view, begun = self.here, self.view, time.perf_counter()
         before = sum(clock.parts.values())
-        entry = join(entries, query[0])
-        sizes = self._sizes(entry, question)
-        videos = _videos(entry, sizes)
-        index = videos.index(sizes)
-        bank = self._bank(entry, clips, sizes)
+        index, bank, sizes, prompt = self._lay_out(question, query, entries, clips)
         picked = clock.once("select", lambda: self._select(index, query, bank, sizes.event, jax.random.key(0)))
-        kept = view.kept(sizes.patches, sizes.event)
-        length = -(-(kept * here.prompter.tokens_per_patch + sizes.question) // 16) * 16
-        prompt = here.prompter.prompts([question], kept, index.mask_bt.sum(1), length)
         vis, prompt = clock.once("vision + compress", lambda: self._see(self.params, picked, prompt))
         prefix, _ = clock.once("prefill", lambda: self._read(self.params, vis, prompt))
         first_token = before + time.perf_counter() - begun
@@ -146,16 +163,38 @@ class Answerer:
         done = clock.once("decode, all tokens", lambda: self._say(self.params, prefix, keys))
         said = np.asarray(done.tokens_bgr)[0, 0][np.asarray(done.mask_bgr)[0, 0]]
         clock.parts["decode per token"] = clock.parts["decode, all tokens"] / max(len(said), 1)
-        scores = entry.event_embeddings @ query[0]
+        count = sum(len(entry.event_spans) for entry in entries.values())
+        scores = index.emb_bed[0, :count] @ query[0]
         chosen = []
         if view.select == "retrieve":
             ids_bk, valid_bk = self._retrieved(index, query)
             chosen = np.asarray(ids_bk)[0][np.asarray(valid_bk)[0]].tolist()
         events, per_video = _events(entries, scores, chosen)
         used = int(np.sum(np.asarray(prompt.mask_bp & (prompt.vis_index_bp >= 0))))
-        everything = len(entry.tokens) * here.prompter.tokens_per_patch
+        own = here.prompter.tokens_per_patch if index.shapes is None else int(index.shapes.tokens_b[0])
+        everything = own * sum(len(entry.tokens) for entry in entries.values())
         text = here.tokenizer.decode(said.tolist())
         return Answer(question, text, events, used, everything, clock.parts, first_token, entries, per_video)
+
+    def _joined(self, question: str, query: np.ndarray, entries: Mapping[str, store.MemoryEntry], clips) -> Laid:
+        """Videos of one size, one after the other."""
+        entry, prompter = join(entries, query[0]), self.here.prompter
+        sizes = self._sizes(entry, question)
+        index, kept = _videos(entry, sizes).index(sizes), self.view.kept(sizes.patches, sizes.event)
+        length = -(-(kept * prompter.tokens_per_patch + sizes.question) // 16) * 16
+        prompt = prompter.prompts([question], kept, index.mask_bt.sum(1), length)
+        return Laid(index, self._bank(entry, clips, sizes), sizes, prompt)
+
+    def _from_files(self, question: str, query: np.ndarray, entries: Mapping[str, store.MemoryEntry], clips) -> Laid:
+        """One video of any shape and rate, as training and evaluation on files read it. `clips`: not needed."""
+        (name,) = entries
+        record = sources.Record(0, question, "video", "free-form", (), "", name)
+        if problem := records.too_long(self.here, record, self._style):
+            raise ConfigError(f"--question: {problem['reason']}")
+        asked = records.Records(self.here, [record], entries, query, self._style).asked([0])
+        index, sizes, kept = asked.index(), asked.sizes, self.view.kept(asked.sizes.patches, asked.sizes.event)
+        prompt = self.here.prompter.whole(*asked.texts_bg, kept, index.mask_bt.sum(1), sizes, asked.shapes)
+        return Laid(index, asked.bank, sizes, prompt)
 
     def _sizes(self, entry: store.MemoryEntry, question: str) -> Sizes:
         """Static lengths, rounded up so that videos and questions of like length share what is compiled."""

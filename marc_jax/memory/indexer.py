@@ -44,20 +44,6 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameBudget(patches.VideoBudget):
-    """qwen-vl-utils' sizes, never of more than `most` visual tokens (small frames of odd shapes would be)."""
-
-    most: int = 144
-
-    def size(self, height: int, width: int, num_frames: int) -> tuple[int, int]:
-        h, w = super().size(height, width, num_frames)
-        area = patches.FACTOR**2
-        if h * w > self.most * area:
-            h, w = patches.smart_resize(height, width, min_pixels=area, max_pixels=self.most * area)
-        return h, w
-
-
-@dataclasses.dataclass(frozen=True)
 class Published:
     """How Video-R1 takes frames from videos, and images: aspect ratio kept, sizes by the budgets of qwen-vl-utils.
 
@@ -83,9 +69,9 @@ class Published:
         return patches.MERGE, patches.MERGE * self.tokens
 
     @property
-    def budget(self) -> FrameBudget:
+    def budget(self) -> patches.FrameBudget:
         limit = self.frame_tokens * patches.FACTOR**2
-        return FrameBudget(min(patches.VIDEO_MIN_PIXELS, limit), frame_limit=limit, most=self.tokens)
+        return patches.FrameBudget(min(patches.VIDEO_MIN_PIXELS, limit), frame_limit=limit, most=self.tokens)
 
     def read(self, path, read: Callable = video.read_frames) -> video.Clip:
         """Raises VideoError naming the file and the reason."""

@@ -5,11 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from test_records import tiny_model
 
 from marc_jax import settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import harness
+from marc_jax.models import qwen25_vl
+from tools.bench import published
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,8 @@ def place(tmp_path_factory, test_data):
     rows = [row | {"question_id": str(i), "videoID": ("bikes", "dog")[i % 2]} for i in range(5)]
     rows[4] |= {"videoID": "gone", "duration": "long"}
     (folder / "q.json").write_text(json.dumps(rows, indent=1))
-    tiny_model(folder / "model")
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vision_hidden_size": 16}
+    published.write_model(folder / "model", qwen25_vl.tiny(**sizes), np.float32, scale=0.1)
     return folder
 
 
@@ -116,11 +118,9 @@ def test_questions_in_ones_own_words(place, tmp_path):
 
 
 def test_events_as_moments(place, tmp_path, repo, config):
-    from test_end_to_end import tiny_encoder
-
     from marc_jax.evaluation import grounding
 
-    tiny_encoder(tmp_path / "pe")
+    published.write_encoder(tmp_path / "pe")
     shutil.copyfile(place / "videos" / "data" / "dog.mp4", place / "videos" / "dog.mp4")
     row = {"query": "A dog.", "duration": 10, "vid": "dog", "relevant_windows": [[0, 4]], "relevant_clip_ids": [0, 1],
            "saliency_scores": [[4, 3, 2], [1, 4, 3]]}  # fmt: skip

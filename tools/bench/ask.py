@@ -1,34 +1,72 @@
 """Index once, ask many: seconds from a question to its first token, without and with a memory of the video.
 
-    python -m tools.bench.ask --checkpoint=runs/quickstart --video=FILE [--frames=64] [--repeat=9]
+    python -m tools.bench.ask --checkpoint=FOLDER --video=FILE [--encoder=FOLDER] [--frames=64] [--repeat=9]
+    python -m tools.bench.ask --size=3b                      # random weights of the 3B's shapes and a made-up video
 
 Cold decodes the file, finds its events, runs the vision tower over every patch, then asks. Warm reads the tokens from a
-memory on disk; its questions differ from the one before. Everything is compiled beforehand, in both; medians.
+memory on disk; its questions differ from the one before. Everything is compiled beforehand, in both; medians. --size
+embeds events by a tiny random encoder, so its cold figure leaves out what PE-Core would take.
 """
 
 import argparse
 import dataclasses
+import pathlib
 import statistics
 import tempfile
 import time
 
+import cv2
 import jax
+import numpy as np
 
+from data_pipelines.synthetic.build import write_video
 from marc_jax.archive import Archive
+from marc_jax.models import qwen25_vl
+from tools.bench import published
 
 QUESTIONS = ("how many in blue stripes ?", "colours in blue stripes and grey checks ?", "how many in red checks ?")
+SECONDS, FPS, SHOT = 32, 24, 4  # of the made-up video: 64 frames at 2 per second, a new scene every 4 s
+
+
+def made_up(folder: pathlib.Path, size: str) -> dict[str, str]:
+    """checkpoint, encoder and video, written there."""
+    cfg = qwen25_vl.tiny() if size == "tiny" else qwen25_vl.qwen25_vl(size)
+    published.write_model(folder / "model", cfg)
+    published.write_encoder(folder / "encoder")
+    rng, frames = np.random.default_rng(0), []
+    for _ in range(SECONDS // SHOT):  # each of a colour of its own, panned over
+        scene = (rng.integers(0, 256, 3) * 3 + rng.integers(0, 256, (9, 18, 3))) // 4
+        scene = cv2.resize(scene.astype(np.uint8), (1334, 480), interpolation=cv2.INTER_CUBIC)
+        frames += [scene[:, 5 * t : 5 * t + 854] for t in range(SHOT * FPS)]
+    write_video(folder / "video.mp4", np.stack(frames), FPS)
+    return {"checkpoint": str(folder / "model"), "encoder": str(folder / "encoder"), "video": str(folder / "video.mp4")}
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--video", required=True)
+    parser.add_argument("--checkpoint", default="")
+    parser.add_argument("--encoder", default="")
+    parser.add_argument("--video", default="")
+    parser.add_argument("--size", choices=["tiny", *qwen25_vl.SIZES], help="random weights of this size instead")
+    parser.add_argument("--view", default="", help="default as ask's")
+    parser.add_argument("--max_new", type=int, help="tokens of an answer; default the run's, with --size 8")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--frames", type=int, default=64, help="most frames of the video, in place of the run's")
     args = parser.parse_args(argv)
+    if bool(args.size) == bool(args.checkpoint and args.video):
+        parser.error("give either --size, or --checkpoint and --video")
+    with tempfile.TemporaryDirectory() as name:
+        if args.size:
+            vars(args).update(made_up(pathlib.Path(name), args.size), max_new=args.max_new or 8)
+        measure(args, pathlib.Path(name) / "memory")
+    return 0
 
-    def opened(*where) -> Archive:
-        archive = Archive(*where)
+
+def measure(args, memory: pathlib.Path) -> None:
+    """Prints the table."""
+
+    def opened(where) -> Archive:
+        archive = Archive(where, args.checkpoint, encoder=args.encoder, view=args.view, max_new=args.max_new)
         archive.here.sampling = dataclasses.replace(archive.here.sampling, max_frames=args.frames)
         return archive
 
@@ -37,12 +75,14 @@ def main(argv=None) -> int:
             archive.ask(question, args.video)
         return [archive.ask(QUESTIONS[i % len(QUESTIONS)], args.video) for i in range(args.repeat)]
 
-    with tempfile.TemporaryDirectory() as memory:
-        opened(memory, args.checkpoint).index([args.video])
-        begun = time.perf_counter()
-        cold = asked(opened(None, args.checkpoint))
-        cold_s = time.perf_counter() - begun
-        warm = asked(opened(memory))
+    warm_archive = opened(memory)
+    warm_archive.index([args.video])
+    cold_archive = opened(None)
+    cold_archive.indexer, cold_archive.answerer = warm_archive.indexer, warm_archive.answerer  # one set of weights
+    begun = time.perf_counter()
+    cold = asked(cold_archive)
+    cold_s = time.perf_counter() - begun
+    warm = asked(warm_archive)
     if [a.text for a in cold] != [a.text for a in warm]:
         raise SystemExit("the answers differ")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -56,7 +96,6 @@ def main(argv=None) -> int:
         print(f"| {part} | " + " | ".join("" if x is None else f"{x:.2f}" for x in row) + " |")
     first = [middle(answers, lambda a: a.first_token) for answers in (cold, warm)]
     print(f"| **first token** | {first[0]:.2f} | {first[1]:.2f} |\nwarm / cold: {first[1] / first[0]:.3f}")
-    return 0
 
 
 if __name__ == "__main__":
