@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 
-from marc_jax import archive, checkpoint, optim, run, settings, stages
+from marc_jax import archive, checkpoint, optim, run, settings, stages, synthetic
 from marc_jax.evaluation import run as evaluation
 from marc_jax.memory import embed, store
 from marc_jax.models import qwen25_vl
@@ -66,7 +66,7 @@ def _prepare(folder: pathlib.Path):
     workdir.mkdir()
     settings.keep(config, workdir / "config.json")
     here = run.prepare(config, workdir)
-    run.load_training(here)
+    synthetic.load_training(here)
     for i, stage in enumerate(("teacher", "sft")):
         _finished(workdir / stage, config[stage].steps, qwen25_vl.init(here.cfg, jax.random.key(i)))
     _finished(workdir / "retriever", config.retriever.steps, embed.init(jax.random.key(0), here.embed_sizes()))
