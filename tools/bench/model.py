@@ -13,9 +13,7 @@ import functools
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 
@@ -26,7 +24,7 @@ import numpy as np
 from marc_jax.models import qwen25_vl
 from marc_jax.models.prompts import Prompt, Visual, pad_prompts, visual_positions
 from marc_jax.rl import rollout
-from tools.bench import profile, timing
+from tools.bench import profile, reference, timing
 
 TEXT_TOKENS = 122  # of every prompt, around its visual tokens
 NEW = 128  # tokens decoded per measurement
@@ -189,15 +187,8 @@ def peers(args) -> dict[str, float]:
     """Milliseconds of transformers by case, measured in a process of its own."""
     if args.peer == "none":
         return {}
-    command = [sys.executable, "-m", "tools.bench.model_transformers", f"--size={args.size}", f"--mode={args.peer}"]
-    with subprocess.Popen([*command, f"--rows={args.rows}"], stdout=subprocess.PIPE, text=True) as process:
-        timer = threading.Timer(args.peer_seconds, process.kill)
-        timer.start()
-        lines = process.stdout.read().strip().splitlines()  # one per row, each with all rows so far
-        timer.cancel()
-    if not lines:
-        print("transformers measured nothing; its column stays empty", file=sys.stderr)
-    return json.loads(lines[-1]) if lines else {}
+    flags = [f"--size={args.size}", f"--mode={args.peer}", f"--rows={args.rows}"]
+    return reference.measured("tools.bench.model_transformers", flags, args.peer_seconds)
 
 
 def main(argv=None) -> int:

@@ -18,9 +18,7 @@ import functools
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -32,7 +30,7 @@ from marc_jax.models import qwen25_vl
 from marc_jax.rl import loss, rollout, step
 from marc_jax.rl.types import Completions
 from tools.bench import model as shapes
-from tools.bench import profile
+from tools.bench import profile, reference
 
 GROUP = 8
 TRAINABLE = ("text/.*",)
@@ -211,16 +209,8 @@ def peers(args) -> dict[str, dict]:
     rows = {case.peer for case in CASES if case.peer and case.key in args.chosen}
     if not args.peer or not rows:
         return {}
-    command = [sys.executable, "-m", "tools.bench.train_transformers", f"--size={args.size}"]
-    command += [f"--rows={','.join(sorted(rows))}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        timer = threading.Timer(args.peer_seconds, process.kill)
-        timer.start()
-        lines = process.stdout.read().strip().splitlines()  # one per row, each with all rows so far
-        timer.cancel()
-    if not lines:
-        print("transformers measured nothing; its columns stay empty", file=sys.stderr)
-    return json.loads(lines[-1]) if lines else {}
+    flags = [f"--size={args.size}", f"--rows={','.join(sorted(rows))}"]
+    return reference.measured("tools.bench.train_transformers", flags, args.peer_seconds)
 
 
 def parse(argv=None):
