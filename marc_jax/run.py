@@ -12,9 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.synthetic import build
-from data_pipelines.synthetic.scenes import Difficulty
-from marc_jax import checkpoint, files, locks, metrics, optim, pretrained, settings, sharding, view_settings
+from marc_jax import checkpoint, files, optim, pretrained, settings, sharding, synthetic, view_settings
 from marc_jax import config as configs
 from marc_jax.batches import Asked, Prompter, Shape, Sizes
 from marc_jax.config import ConfigError
@@ -281,18 +279,6 @@ def tower_features(cfg, params, pixels_nnc, grid_hw) -> jax.Array:
     return jnp.concatenate(parts)
 
 
-def difficulty(data) -> Difficulty:
-    """config.data as the synthetic set's difficulty."""
-    return Difficulty(
-        size=data.size, fps=data.fps, events=tuple(data.events), patches=tuple(data.patches),
-        p_dissolve=data.dissolve, options=data.options, types=tuple(data.types),
-    )  # fmt: skip
-
-
-def data_folder(config, workdir: Path) -> Path:
-    return Path(config.data.path) if config.data.path else workdir / "data"
-
-
 def check_sources(config, cfg: qwen25_vl.Config | None = None) -> None:
     """Raises, before anything is computed, where weights that a stage starts from cannot be read or are not `cfg`'s."""
     sources = [config.init_from]
@@ -312,8 +298,9 @@ def prepare(config, workdir: Path) -> Run:
         _check_given(config)
         words = pretrained.tokenizer(config.init_from).to_json()
     else:
-        build_set(config, data_folder(config, workdir))
-        words = (data_folder(config, workdir) / "tokenizer.json").read_bytes()
+        folder = synthetic.data_folder(config, workdir)
+        synthetic.build_set(config, folder)
+        words = (folder / "tokenizer.json").read_bytes()
     files.write_whole(workdir / "tokenizer.json", words)
     run = surroundings(config, workdir)
     check_sources(config, run.cfg)
@@ -330,26 +317,6 @@ def _check_given(config) -> None:
     given = configs.flat(config)
     if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
         raise ConfigError(f"training on files needs {'; '.join(missing)}")
-
-
-def build_set(config, folder: Path) -> None:
-    """The synthetic set in `folder`, if it is not there. Raises ConfigError as `prepare`."""
-    sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
-    lock = locks.held(folder / ".prepare.lock", f"the data in {folder}", wait=True)
-    with lock, metrics.Progress("data", sum(sizes.values())) as bar:
-        done = dict.fromkeys(sizes, 0)
-
-        def progress(split, count, _):
-            done[split] = count
-            bar.update(sum(done.values()))
-
-        try:
-            build.build(
-                folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
-                questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
-            )  # fmt: skip
-        except ValueError as e:
-            raise ConfigError(f"config.data: {e}") from None
 
 
 def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = None) -> Run:

@@ -1,4 +1,7 @@
-"""The synthetic set of a run: its records, and the training videos decoded into the bank that stages draw from."""
+"""The synthetic set of a run: its files and records, and the training videos decoded into a bank of patches.
+
+`run` is the `marc_jax.run.Run` that they are of; that module imports this one.
+"""
 
 import json
 import sys
@@ -8,13 +11,45 @@ import numpy as np
 
 from data_pipelines import loader, sources
 from data_pipelines.patches import frames_to_pixel_patches
-from data_pipelines.synthetic import recompose
-from marc_jax import files, metrics
+from data_pipelines.synthetic import build, recompose
+from data_pipelines.synthetic.scenes import Difficulty
+from marc_jax import files, locks, metrics
 from marc_jax.batches import Recomposer
 from marc_jax.config import ConfigError
-from marc_jax.run import Run, data_folder
 
 _OWN_FIELDS = {"video_id": str, "question_type": str, "needed_events": list, "events": list}  # of the synthetic set
+
+
+def difficulty(data) -> Difficulty:
+    """config.data as the synthetic set's difficulty."""
+    return Difficulty(
+        size=data.size, fps=data.fps, events=tuple(data.events), patches=tuple(data.patches),
+        p_dissolve=data.dissolve, options=data.options, types=tuple(data.types),
+    )  # fmt: skip
+
+
+def data_folder(config, workdir: Path) -> Path:
+    return Path(config.data.path) if config.data.path else workdir / "data"
+
+
+def build_set(config, folder: Path) -> None:
+    """The synthetic set in `folder`, if it is not there. Raises ConfigError as `prepare`."""
+    sizes = {"train": config.data.train_videos, "test": config.data.test_videos}
+    lock = locks.held(folder / ".prepare.lock", f"the data in {folder}", wait=True)
+    with lock, metrics.Progress("data", sum(sizes.values())) as bar:
+        done = dict.fromkeys(sizes, 0)
+
+        def progress(split, count, _):
+            done[split] = count
+            bar.update(sum(done.values()))
+
+        try:
+            build.build(
+                folder, seed=config.seed, sizes=sizes, difficulty=difficulty(config.data),
+                questions_per_video=config.data.questions_per_video, workers=config.data.workers, progress=progress,
+            )  # fmt: skip
+        except ValueError as e:
+            raise ConfigError(f"config.data: {e}") from None
 
 
 def read_records(folder: Path, split: str) -> list[dict]:
@@ -44,7 +79,7 @@ def read_records(folder: Path, split: str) -> list[dict]:
     return rows
 
 
-def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
+def report_unreadable(run, errors: list[dict], total: int) -> None:
     """Files that cannot be read are left out, named in `<workdir>/unreadable.jsonl`, and never replaced by others.
 
     Raises ConfigError beyond one in a hundred: then something else is wrong.
@@ -59,7 +94,7 @@ def report_unreadable(run: Run, errors: list[dict], total: int) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> dict[str, np.ndarray]:
+def decode_pixels(run, folder: Path, names: list[str], label: str) -> dict[str, np.ndarray]:
     """{name: uint8 patches [t, n, 1176]} of the files that can be read, through the ordinary video reader."""
     with metrics.Progress(label, len(names)) as bar:
         clips, errors = loader.decode_many(
@@ -71,7 +106,7 @@ def decode_pixels(run: Run, folder: Path, names: list[str], label: str) -> dict[
     return {name: frames_to_pixel_patches(clip.frames)[0] for name, clip in read if clip is not None}
 
 
-def load_training(run: Run) -> None:
+def load_training(run) -> None:
     """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
     folder = data_folder(run.config, run.workdir)
     records = read_records(folder, "train")

@@ -13,7 +13,7 @@ import pytest
 from data_pipelines import sandbox
 from data_pipelines.synthetic import build
 from data_pipelines.video import VideoError, read_frames
-from marc_jax import archive, checkpoint, optim, run, settings
+from marc_jax import archive, checkpoint, optim, run, settings, synthetic
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, store
@@ -49,7 +49,7 @@ def write_run(workdir: pathlib.Path, repo: pathlib.Path, seed: int = 0, *changes
 def place(tmp_path_factory, repo):
     folder = tmp_path_factory.mktemp("archive")
     write_run(folder / "run", repo)
-    difficulty = run.difficulty(settings.experiment(str(repo / "experiments" / "quickstart.py")).data)
+    difficulty = synthetic.difficulty(settings.experiment(str(repo / "experiments" / "quickstart.py")).data)
     build.build(
         folder / "data", seed=1, sizes={"train": 1, "test": 4}, difficulty=difficulty, questions_per_video=1, workers=0
     )

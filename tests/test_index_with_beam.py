@@ -11,7 +11,7 @@ import pytest
 from test_archive import write_run
 
 from data_pipelines.synthetic import build
-from marc_jax import index_with_beam, run, settings
+from marc_jax import index_with_beam, settings, synthetic
 from marc_jax.archive import Archive
 from marc_jax.memory import store
 
@@ -21,7 +21,7 @@ def place(tmp_path_factory, repo):
     pytest.importorskip("apache_beam", reason="Beam is the [beam] extra, in an environment of its own")
     folder = tmp_path_factory.mktemp("beam")
     write_run(folder / "run", repo)
-    difficulty = run.difficulty(settings.experiment(str(repo / "experiments" / "quickstart.py")).data)
+    difficulty = synthetic.difficulty(settings.experiment(str(repo / "experiments" / "quickstart.py")).data)
     build.build(
         folder / "data", seed=1, sizes={"train": 1, "test": 4}, difficulty=difficulty, questions_per_video=1, workers=0
     )

@@ -17,7 +17,8 @@ from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
-from marc_jax.run import Run, data_folder
+from marc_jax.run import Run
+from marc_jax.synthetic import data_folder
 
 GROUP_ORDER = ("teacher", "student", "baseline")
 

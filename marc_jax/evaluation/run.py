@@ -25,8 +25,8 @@ from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.records import Records
 from marc_jax.rl import rollout
-from marc_jax.run import Run, data_folder, embedded
-from marc_jax.synthetic import read_records, report_unreadable
+from marc_jax.run import Run, embedded
+from marc_jax.synthetic import data_folder, read_records, report_unreadable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def run_draw(rng, folder: str):
     from marc_jax.memory import store
 
     here, _ = runs.opened(folder)
-    records = synthetic.read_records(runs.data_folder(here.config, here.workdir), "test")
+    records = synthetic.read_records(synthetic.data_folder(here.config, here.workdir), "test")
     memory = store.MemoryReader(here.workdir / "memory", None)
     kept, scenes, rows, asked = [], [], 0, []
     for record in records:

@@ -74,7 +74,7 @@ def _prepare(folder: pathlib.Path):
     first, draw, step_fn, _ = stages.build(here, "teacher")
     asking = archive.Archive(None, str(workdir))
     test = evaluation.index_test(here, here.parameters("teacher"), pixels=False)
-    videos = sorted((run.data_folder(config, workdir) / "videos" / "test").iterdir())
+    videos = sorted((synthetic.data_folder(config, workdir) / "videos" / "test").iterdir())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
     held = [first]
     del first
