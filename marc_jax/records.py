@@ -9,23 +9,26 @@ A temporal patch is padded to one number of tokens, a batch to a bucket of tempo
 What a step sees is a function of (seed, stage, step) alone: its position in the data is one integer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import loader, sources, video
-from marc_jax import files, metrics
+from data_pipelines import loader, sandbox, sources, video
+from marc_jax import distributed, files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
@@ -204,8 +207,9 @@ def over_memory(
     bad = {e.row: {"row": e.row, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors}
     total = len(records) + len(errors)
     bad |= {r.row: problem for r in records if (problem := too_long(run, r, style))}
-    encoder, pool = chosen_encoder(run)
-    worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
+    alone = run.alone()
+    encoder, pool = chosen_encoder(alone)
+    worker = open_indexer(alone, alone.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
     bad |= {r.row: broken[media_key(r)] | {"row": r.row} for r in records if media_key(r) in broken}
@@ -262,31 +266,41 @@ def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option:
 def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, dict]]:
     """The memory of the records' media, and {key: {path, reason}} of those that cannot be read.
 
-    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
+    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most. Several
+    processes share the work; `worker` is then one of this process's devices alone. Raises ConfigError: they do not see
+    one folder.
     """
+    parts, part = jax.process_count(), jax.process_index()
     root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
-    media = list({media_key(record): record for record in records}.values())
-    decode, broken = functools.partial(_decode, worker, root), {}
+    keys = {media_key(record): record for record in records}
+    media = list(keys.values())[part::parts]
+    pool = sandbox.Pool(max(1, run.config.data.workers), run.config.data.decode_seconds)
+    decode, broken = functools.partial(_decode, worker, root, pool.read_frames), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
     ):
         memory = store.MemoryReader(folder, worker.fingerprint)
         todo = [record for record in media if not _current(memory, root, record)]
-        for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
-            if bad is not None:
-                broken[media_key(record)] = bad | {"path": record.path}
-            else:
-                entry, stamp = worker.encode(decoded), _stamp(root, record.path)
-                writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
-            if done % FLUSH == 0:
-                writer.flush()
-            bar.update(len(media) - len(todo) + done, failed=len(broken))
+        work = loader.decode_ahead(todo, decode, pool.workers)
+        with contextlib.closing(work), pool:  # stopped, the pool ends first: no thread waits for a file then
+            for done, (record, decoded, bad) in enumerate(work, 1):
+                if bad is not None:
+                    broken[media_key(record)] = bad | {"path": record.path}
+                else:
+                    entry, stamp = worker.encode(decoded), _stamp(root, record.path)
+                    writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
+                if done % FLUSH == 0:
+                    writer.flush()
+                bar.update(len(media) - len(todo) + done, failed=len(broken))
+    broken = functools.reduce(operator.or_, distributed.exchanged(broken))
     memory.refresh()
+    if unseen := [key for key in keys if key not in memory and key not in broken]:
+        raise ConfigError(f"{folder} lacks {unseen[0]!r}, which another process has added: all need to see one folder")
     return memory, broken
 
 
-def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+def _decode(worker: indexer.Indexer, root: str, read: Callable, record: sources.Record) -> indexer.Decoded:
     start, end = clip_of(record) or (None, None)
     if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
         told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
@@ -296,7 +310,7 @@ def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> index
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    return worker.decode(path, read=functools.partial(video.read_frames, start=start, end=end))
+    return worker.decode(path, read=functools.partial(read, start=start, end=end))
 
 
 def _stamp(root: str, path: str) -> dict:
@@ -319,7 +333,8 @@ def _exclude(run: Run, file: str, bad: list[dict], total: int) -> None:
     if not bad:
         return
     path = run.workdir / f"{Path(file).stem}.bad.jsonl"
-    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
+    if jax.process_index() == 0:
+        files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
     first = f"row {bad[0]['row']}: {bad[0]['path']}: {bad[0]['reason']}".replace(": : ", ": ")
     line = f"{file}: {len(bad)} of {total} rows cannot be used (all in {path}); first: {first}"
     if not run.config.data.skip_bad:
@@ -333,8 +348,9 @@ def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, prob
     """Embeddings [N, D] of the questions, kept beside the memory."""
     told = json.dumps([encoder.fingerprint, problems]).encode()
     path = memory.path / f"questions-{hashlib.sha256(told).hexdigest()[:16]}.npy"
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         content = io.BytesIO()
         np.save(content, encoder.embed_texts(problems))
         files.write_whole(path, content.getvalue())
+    distributed.exchanged(None)  # it is there
     return np.load(path, allow_pickle=False)
