@@ -222,9 +222,8 @@ class MemoryReader:
 
     def __init__(self, path, fingerprint: Fingerprint | None):
         """fingerprint None reads any memory (to inspect it); entries are then not known to fit any model."""
-        self.path = folder = pathlib.Path(path)
-        self.fingerprint = fingerprint
-        self._shards, self.shards = {}, 0  # {name: the videos of its index}
+        folder, self.fingerprint = pathlib.Path(path), fingerprint
+        self.path, self._shards, self.shards = folder, {}, 0  # {name: the videos of its index}
         self._open = functools.lru_cache(OPEN_SHARDS)(lambda name: _open(folder / name))  # without self: no cycle
         self._where: dict[str, tuple[str, int, str]] = {}
         self.refresh()
