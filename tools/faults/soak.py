@@ -20,6 +20,7 @@ SMALL = (
     "vision.depth=1", "vision.hidden_size=16", "vision.num_heads=2", "vision.intermediate_size=16",
     "text.hidden_size=16", "text.num_layers=1", "text.num_heads=2", "text.num_kv_heads=1", "text.intermediate_size=16",
 )  # fmt: skip
+SMALL_MODEL = [f"--config.model.{change}" for change in SMALL]
 STEPS = 20  # of training in a round
 WARM_UP = 3  # rounds
 NAMES = ("MB", "open files", "threads", "processes", "compilations")
@@ -66,7 +67,7 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
 
 def _prepare(folder: pathlib.Path):
     """A round, as a function of its number."""
-    changes = [f"--config.model.{change}" for change in SMALL] + [
+    changes = SMALL_MODEL + [
         "--config.data.train_videos=8", "--config.data.test_videos=6", "--config.data.workers=0",
         "--config.eval.batch=8", "--config.teacher.init=", "--config.teacher.videos=8", "--config.teacher.questions=1",
     ]  # fmt: skip
