@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from marc_jax import stages
+from marc_jax import cgrpo
 from tests.rl.test_groups import made
 
 
@@ -20,7 +20,7 @@ def attempts(*alive):
 def test_live_groups_of_further_batches_take_the_places_of_dead_ones():
     first, *more = attempts((1, 0, 0, 1), (0, 0, 1, 0), (1, 1, 1, 1), (1, 1, 1, 1))
     further = iter(more)
-    got, told = stages._refilled(first, further)
+    got, told = cgrpo.refilled(first, further)
     np.testing.assert_array_equal(got.weight_b, [1, 13, 21, 4])
     assert told == {"refill/batches": 3, "refill/dead": 0.0}
     assert len(list(further)) == 1  # never drawn
@@ -28,6 +28,6 @@ def test_live_groups_of_further_batches_take_the_places_of_dead_ones():
 
 def test_where_the_limit_is_reached_dead_groups_stay():
     first, *more = attempts((0, 0), (0, 1))
-    got, told = stages._refilled(first, iter(more))
+    got, told = cgrpo.refilled(first, iter(more))
     np.testing.assert_array_equal(got.weight_b, [12, 2])
     assert told == {"refill/batches": 2, "refill/dead": 0.5}

@@ -11,13 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from marc_jax import optim, settings, sharding, stage_settings, state
+from marc_jax import cgrpo, optim, settings, sharding, stage_settings, state
 from marc_jax.memory import view as views
 from marc_jax.memory.view import View, Visual
 from marc_jax.models import lora, qwen25_vl
 from marc_jax.rl import rollout, step
 from marc_jax.rl.loss import LossConfig
-from marc_jax.rl.parity import parity
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import Completions, PromptBatch
 from tools.compile_for_tpu import Program
@@ -252,18 +251,17 @@ class Case:
         if stage.kind == "sft":
             look, *batch = self.seen(stage.view, 0)
             make = step.make_sft_step(self.cfg, look, self.tx, **many)
-            return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
-        look, *batch = self.seen(stage.view, sizes.question)
+            return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.asked + sizes.answer))
+        look, *batch = self.seen(stage.view, sizes.asked)
         done = shapes.completions(b, stage.group, self.how.max_new)
         teacher = None if stage_settings.teacher_within(stage) else shapes.params(self.frozen)
-        if stage.kind == "cgrpo":
-            losses = parity(stage.parity, kl_coef=stage.beta)[1]
-            losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)
+        if stage.kind in stage_settings.GROUPED:
+            losses = cgrpo.numerics(stage)[1]
             more = {"iterations": stage.iterations, "skip": stage.skip_dead}
             make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **more, **many)
             gains = shapes.rows(done.mask_bgr.shape if stage.credit else (b, stage.group), jnp.float32)
             return self._program(make, step.GRPOBatch(*batch, done, gains), teacher)
-        look_full, *full = self.seen(stage.teacher_view, sizes.question)
+        look_full, *full = self.seen(stage.teacher_view, sizes.asked)
         make = step.make_distill_step(self.cfg, look, look_full, self.tx, self.how, **many)
         return self._program(make, step.DistillBatch(*batch, *full, done), teacher)
 
@@ -281,6 +279,6 @@ class Case:
         return self._sampling(self.stage.teacher_view, self.shapes.params(self.frozen), self.stage.teacher_group)
 
     def _sampling(self, view: str, params, group: int) -> Program:
-        look, *batch = self.seen(view, self.here.sizes.question)
+        look, *batch = self.seen(view, self.here.sizes.asked)
         sample = step.make_sampler(self.cfg, look, self.how, **self.bind)
         return Program(sample, (params, *batch, self.shapes.keys(self.stage.videos, group)))
