@@ -130,9 +130,7 @@ class Attempt:
             return timed("retrieve", self._look_full, now.step_key, bank if current else teacher_bank, *chosen)
 
         def ask_teacher():
-            seen = see_all(stage.a_full == "current")
-            said = timed("teacher", self._answer_full, now, begun.teacher, seen, full_prompt, ids_b)
-            return timed("reward", self.grade, said, asked).accuracy_bg
+            return self.ask(now, see_all(stage.a_full == "current"), full_prompt, ids_b, asked)
 
         graded = timed("reward", self.grade, done, asked)
         host, a_full_b = {"accuracy": graded.accuracy_bg.mean(), **graded.told}, np.full(stage.videos, np.nan)
@@ -154,6 +152,23 @@ class Attempt:
         if stage.credit:
             credit_bgr = timed("teacher", self._credit, now, begun.teacher, see_all(False), full_prompt, done)
         return groups.Groups(prompt, visual, done, *scored, credit_bgr), host | more
+
+    def ask(self, now, seen_full, full_prompt, ids_b, asked) -> np.ndarray:
+        """Accuracies [B, G] of the teacher's answers from every token."""
+        timed, teacher = self.run.watch.timed, self.begun.teacher
+        said = timed("teacher", self._answer_full, now, teacher, seen_full, full_prompt, ids_b)
+        return timed("reward", self.grade, said, asked).accuracy_bg
+
+    def precompute(self, batch) -> None:
+        """Brings the teacher's accuracy on a batch's questions into the cache."""
+        asked, (own, index, queries, _, full_prompt, ids_b) = batch
+
+        def ask_teacher():
+            bank, key = self.begun.teacher_bank if own is None else own, jax.random.key(self.run.config.seed)
+            seen = self._look_full(key, bank, index, self.run.retriever, queries)
+            return self.ask(None, seen, full_prompt, ids_b, asked)
+
+        known(self.begun.known, asked.ids_b.tolist(), ask_teacher)
 
     def _bonuses(self, now, bank, chosen, prompt, ids_b, asked, done, graded) -> tuple[np.ndarray, dict]:
         """([B, G] rewards with Video-R1's optional bonuses, what is told of them)."""

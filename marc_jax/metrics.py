@@ -110,19 +110,17 @@ class Writer:
     """
 
     def __init__(self, workdir, stage: str, resume_step: int = 0, *, tensorboard=True, enabled: bool | None = None):
-        self._file = self._speed = self._board = None
+        self._file = self._board = None
         self.last_step = resume_step
         self.folder = pathlib.Path(workdir) / stage
         if not (jax.process_index() == 0 if enabled is None else enabled):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._speed = (self._continued(name, resume_step) for name in ("metrics.jsonl", "speed.jsonl"))
+        for name in ("metrics.jsonl", "speed.jsonl"):
+            cut(self.folder / name, resume_step)
+        self._file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         if tensorboard:
             self._board = summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
-
-    def _continued(self, name: str, resume_step: int):
-        cut(self.folder / name, resume_step)
-        return (self.folder / name).open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping) -> dict[str, float]:
         """Appends one step; returns the values as floats. Raises ValueError unless `step` is after the last one."""
@@ -134,20 +132,22 @@ class Writer:
             finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
             fast = {name: x for name, x in finite.items() if name.startswith(SPEED)}
             slow = {name: x for name, x in finite.items() if name not in fast}
-            for file, line in ((self._file, slow), (self._speed, fast)):
-                file.write(json.dumps({"step": step, **line}) + "\n" if line else "")
-                file.flush()
+            self._file.write(json.dumps({"step": step, **slow}) + "\n")
+            self._file.flush()
+            if fast:
+                with (self.folder / "speed.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **fast}) + "\n")
         if self._board is not None:
             for name, x in values.items():
                 self._board.add_scalar(name, x, step)
         return values
 
     def close(self) -> None:
-        """Flushes and closes all files; safe to call twice."""
-        for file in (self._file, self._speed, self._board):
+        """Flushes and closes both files; safe to call twice."""
+        for file in (self._file, self._board):
             if file is not None:
                 file.close()
-        self._file = self._speed = self._board = None
+        self._file = self._board = None
 
     def __enter__(self):
         return self

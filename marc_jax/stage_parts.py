@@ -60,11 +60,11 @@ def begin(run: Run, name: str) -> Begun:
     teacher = params if within else run.parameters(stage.teacher)
     begun.teacher, begun.teacher_bank = None if within else teacher, run.bank("features", teacher)
     if stage_settings.asks_teacher(stage) and stage.a_full == "frozen":
-        begun.known = _teacher_cache(run, stage, teacher)
+        begun.known = teacher_cache(run, stage, teacher)
     return begun
 
 
-def _teacher_cache(run: Run, stage, teacher: dict) -> TeacherCache | None:
+def teacher_cache(run: Run, stage, teacher: dict) -> TeacherCache | None:
     """a_full of questions on file, which come again each epoch; the synthetic set's are never asked twice."""
     if not settings.on_files(run.config):
         return None

@@ -66,7 +66,7 @@ def start(repo, folder: pathlib.Path, entry: str, *arguments: str, config: bool 
     command = [sys.executable, "-m", f"marc_jax.{entry}", *([f"--config={folder / 'tiny.py'}"] if config else [])]
     environment = {**os.environ, "XLA_FLAGS": flags}
     return subprocess.run(
-        [*command, *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=500
+        [*command, *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=900
     )
 
 

@@ -32,7 +32,7 @@ PURE = (
     "marc_jax.evaluation.benchmarks",
 )
 FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "joblib", "yaml")
-ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.index_with_beam", "marc_jax.ask")
+ENTRIES = tuple(f"marc_jax.{name}" for name in "train eval index index_with_beam ask precompute".split())
 # Between the maths and the entries: each room and all that it may import.
 ABOVE = {
     "marc_jax.baselines.fastv": ("marc_jax.baselines", "marc_jax.rl.rollout", "marc_jax.rl.types"),
