@@ -176,6 +176,8 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in view_settings.problems(name, config.views[name])]
+    most = config.data.max_frames // 2 if on_files(config) else int(max(events) * max(patches))
+    wrong += view_settings.budget_problems(config.views, most)
     layers = config.model.text.num_layers
     wrong += _file_problems(config) if on_files(config) else view_settings.layer_problems(config.views, layers)
     for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):

@@ -48,6 +48,17 @@ def problems(name: str, c) -> list[str]:
     return wrong
 
 
+def budget_problems(views, patches: int) -> list[str]:
+    """Of views that read more than a video of so many temporal patches can have."""
+    return [
+        f"views.{name}.keep = {c.keep} is above the {patches} temporal patches that a video can have"
+        for name, c in views.items() if c.method == "merge" and c.keep > patches
+    ] + [
+        f"views.{name}.k = {c.k} is above the {patches} temporal patches that a video can have"
+        for name, c in views.items() if (c.select == "retrieve" or c.select in SELECTORS) and c.k > patches
+    ]  # fmt: skip
+
+
 def file_problems(name: str, c) -> list[str]:
     """Files have frames of many sizes, and the memory holds features of them and embeddings of their events."""
     wrong = []
