@@ -180,7 +180,7 @@ def _group_problems(name: str, c) -> list[str]:
     if c.group < 2 or c.teacher_group < 1:
         wrong.append(f"{name}.group = {c.group}: group-relative advantages need at least 2 rollouts, the teacher 1")
     if c.alpha < 0 or not 0 <= c.tau <= 1:
-        wrong.append(f"{name}: alpha must not be negative and tau must lie in [0, 1]")
+        wrong.append(f"{name}: alpha = {c.alpha} must not be negative and tau = {c.tau} must lie in [0, 1]")
     if not c.rewards or len(set(c.rewards)) < len(c.rewards) or c.reward_seconds < 0:
         wrong.append(f"{name}.rewards must name at least one function, each once, and reward_seconds not be negative")
     if c.reward_weights and len(c.reward_weights) != len(c.rewards):

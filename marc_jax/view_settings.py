@@ -51,11 +51,10 @@ def problems(name: str, c) -> list[str]:
 def budget_problems(views, patches: int) -> list[str]:
     """Of views that read more than a video of so many temporal patches can have."""
     return [
-        f"views.{name}.keep = {c.keep} is above the {patches} temporal patches that a video can have"
-        for name, c in views.items() if c.method == "merge" and c.keep > patches
-    ] + [
-        f"views.{name}.k = {c.k} is above the {patches} temporal patches that a video can have"
-        for name, c in views.items() if (c.select == "retrieve" or c.select in SELECTORS) and c.k > patches
+        f"views.{name}.{key} = {c[key]} is above the {patches} temporal patches that a video can have"
+        for name, c in views.items()
+        for key, budget in (("keep", c.method == "merge"), ("k", c.select in SELECTORS and c.share is None))
+        if budget and c[key] > patches
     ]  # fmt: skip
 
 
