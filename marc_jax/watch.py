@@ -47,7 +47,7 @@ class Watch:
         self._evaluate, self._evaluate_every, self._profile = evaluate, evaluate_every, profile
         self._weights = (0, 0)
         self._peak = sum(peak_flops(device) for device in jax.devices()) if folder else 0.0
-        self.step, self._before, self._drawn = 0, None, 0.0
+        self.step, self._sampled, self._before, self._drawn = 0, 0, None, 0.0
         self._seconds: dict[str, float] = {}
         self._table: Table | None = None
 
@@ -58,8 +58,8 @@ class Watch:
 
     @property
     def due(self) -> bool:
-        """Whether this step's completions are wanted."""
-        return bool(self._samples) and self.step % self._samples == 0
+        """Whether this step's completions are wanted: the first of it, not those that refill its dead groups."""
+        return bool(self._samples) and self.step % self._samples == 0 and self._sampled != self.step
 
     def timed(self, phase: str, fn: Callable, *args, **kwargs):
         """fn(*args, **kwargs), its seconds counted with those of the phase."""
@@ -72,6 +72,7 @@ class Watch:
 
     def completions(self, rows: list[dict]) -> None:
         """Rows of this step's table: flat dicts of texts and numbers. Asked for where `due`."""
+        self._sampled = self.step
         if self._table is not None:
             self._table.write(self.step, rows[: self._rows])
 
