@@ -44,7 +44,7 @@ def get_config(benchmark):
         del c.views[key], c.eval.arms[key]
     for n in FIXED:
         frames = "one frame's worth" if n == 1 else f"{n} frames' worth"
-        arm(f"fixed_{n}", f"retrieval, {frames}", {**retrieved, "keep": n, "in_event": -(-n // 3)})
+        arm(f"fixed_{n}", f"retrieval, {frames}", {**retrieved, "keep": n, "in_event": n})
     arm("half", "retrieval, 64 tokens", {**retrieved, "tokens": 64})
     arm("quarter", "retrieval, 32 tokens", {**retrieved, "tokens": 32})
     arm("adaptive", "retrieval, adaptive budget", {**retrieved, "keep": max(FIXED), "adaptive": True})
