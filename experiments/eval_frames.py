@@ -3,11 +3,11 @@
     for n in 4 8 16 32 64 128; do
         python -m marc_jax.eval --config=experiments/eval_frames.py:videomme,$n --checkpoint=Qwen2.5-VL-3B-Instruct \\
             --config.data.test=eval_videomme.json --config.data.root=VIDEOS --config.encoder.path=weights/pe-l14 \\
-            --config.data.frames=FRAMES --out=OUT/$n; done
+            --out=OUT/$n; done
     python -m marc_jax.evaluation.compare OUT/64 OUT/16
 
 The paper's Qwen2.5-VL-3B (mean of six benchmarks): 42.21 at 64 frames, 38.32 at 16. Other numbers of frames are other
-features, so each has its own memory; --config.data.frames keeps the frames that were sampled. Not measured.
+features, so each has its own memory. Not measured.
 """
 
 from experiments import eval_benchmark
