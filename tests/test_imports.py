@@ -60,6 +60,8 @@ ABOVE = {
     "marc_jax.loop": ("marc_jax.checkpoint", "marc_jax.interrupt", "marc_jax.metrics", "marc_jax.state", *FOUNDATION),
     "marc_jax.pretrained": ("marc_jax.checkpoint", "marc_jax.models", "marc_jax.tokenizer", *FOUNDATION),
     "marc_jax.run": ("data_pipelines", "marc_jax"),
+    "marc_jax.plan": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.compare": ("data_pipelines.benchmarks", "marc_jax.config", "marc_jax.evaluation"),
     "marc_jax.records": ("data_pipelines", "marc_jax"),
     "marc_jax.synthetic": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
