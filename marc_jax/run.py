@@ -24,6 +24,7 @@ from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
 from marc_jax.state import settled
 from marc_jax.tokenizer import Tokenizer, TokenizerError
+from marc_jax.watch import Watch
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
 TOWER_CHUNK = 1024
@@ -52,6 +53,7 @@ class Run:
     tower: str = ""
     retriever: dict | None = None
     compiled: dict = dataclasses.field(default_factory=dict)
+    watch: Watch = dataclasses.field(default_factory=Watch)
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -303,7 +305,8 @@ def prepare(config, workdir: Path) -> Run:
     """
     check_sources(config)
     if settings.on_files(config):
-        _check_given(config)
+        if missing := [f"config.{key}, {what}" for key, what in to_be_given(config)]:
+            raise ConfigError(f"training on files needs {'; '.join(missing)}")
         words = pretrained.tokenizer(config.init_from).to_json()
     else:
         folder = synthetic.data_folder(config, workdir)
@@ -316,15 +319,14 @@ def prepare(config, workdir: Path) -> Run:
     return run
 
 
-def _check_given(config) -> None:
-    """What training on files needs and no preset can know."""
+def to_be_given(config) -> list[tuple[str, str]]:
+    """(key, what it is) of what training on files needs, no preset can know, and is not there."""
     needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
     used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
     if any(config.views[name].select == "retrieve" for name in used):
         needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
     given = configs.flat(config)
-    if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
-        raise ConfigError(f"training on files needs {'; '.join(missing)}")
+    return [(key, what) for key, what in needs.items() if not given[key]]
 
 
 def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = None) -> Run:
@@ -349,9 +351,16 @@ def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = Non
         vision_start_token_id=tokenizer.id("<|vision_start|>"), vision_end_token_id=tokenizer.id("<|vision_end|>"),
         pad_token_id=tokenizer.id("<|endoftext|>"), eos_token_ids=tuple(tokenizer.stop_ids),
     )  # fmt: skip
-    time_scale = 2 / config.data.fps * cfg.tokens_per_second
+    time_scale, views = 2 / config.data.fps * cfg.tokens_per_second, views_of(config, cfg)
     prompter = Prompter(tokenizer, tuple(side // 2 for side in sampling.grid_hw), time_scale)
-    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views_of(config, cfg), sampling, time_scale, mesh)
+    lengths = _telling(lengths, prompter, views)
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
+
+
+def _telling(sizes: Sizes, prompter: Prompter | None, views: dict[str, View]) -> Sizes:
+    """The sizes, with room for what views say before a question."""
+    said = (v.told(v.kept(sizes.patches, sizes.event), prompter.tokens_per_patch) for v in views.values() if prompter)
+    return dataclasses.replace(sizes, told=max((len(prompter.tokenizer.encode(text)) for text in said), default=0))
 
 
 def views_of(config, cfg: qwen25_vl.Config) -> dict[str, View]:
@@ -372,4 +381,5 @@ def _on_files(config, workdir, tokenizer, mesh) -> Run:
     views = views_of(config, cfg)
     events = max(patches, *(view.k for view in views.values()))
     sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)
+    sizes = _telling(sizes, prompter, views)
     return Run(config, workdir, cfg, tokenizer, prompter, sizes, views, sampling, 1.0, mesh)

@@ -11,23 +11,31 @@ METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", 
 ONE_SIZE = ("pooled", "pooled_tokens", *SCENIC)  # methods for videos of one size alone
 
 
+def unknown(key: str, value, known) -> list[str]:
+    """[what is wrong with the value of a key that takes one of `known`], or []."""
+    show = repr if "" in known else str
+    return [] if value in known else [f"{key} = {value!r}: choose one of {', '.join(map(show, known))}"]
+
+
 def view() -> ConfigDict:
     c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
     c.update(represent="mean", rule=None, adaptive=False, tokens=None)
-    c.update(share=None, shrink=1, apart=1, seed=0, layer=2)
+    c.update(share=None, shrink=1, apart=1, seed=0, layer=2, tell="")
     return c
 
 
 def problems(name: str, c) -> list[str]:
-    wrong = []
-    if c.select not in SELECT:
-        wrong.append(f"views.{name}.select = {c.select!r}: choose one of {', '.join(SELECT)}")
-    if c.method not in METHOD:
-        wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
+    wrong = unknown(f"views.{name}.select", c.select, SELECT) + unknown(f"views.{name}.method", c.method, METHOD)
+    try:
+        c.tell.format(patches=0, tokens=0)
+    except (ValueError, LookupError):
+        wrong.append(f"views.{name}.tell = {c.tell!r}: may hold {{patches}} and {{tokens}}, and no other braces")
     if c.method == "per_event" and c.select != "retrieve":
         wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
     if min(c.k, c.keep, c.shrink, c.apart, c.layer) < 1:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
+    if c.adaptive and c.method != "merge":
+        wrong.append(f"views.{name}.adaptive shares the budget of a merge: method must be 'merge', not {c.method!r}")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
         wrong.append(f"views.{name}: method {c.method!r} needs a share, the part of the video's tokens to read")
     if c.method in ("fastv", "adjacent_merge") and c.select != "all":
@@ -42,12 +50,21 @@ def problems(name: str, c) -> list[str]:
     return wrong
 
 
+def budget_problems(views, patches: int) -> list[str]:
+    """Of views that read more than a video of so many temporal patches can have."""
+    return [
+        f"views.{name}.{key} = {c[key]} is above the {patches} temporal patches that a video can have"
+        for name, c in views.items()
+        for key, budget in (("keep", c.method == "merge"), ("k", c.select in SELECTORS and c.share is None))
+        if budget and c[key] > patches
+    ]  # fmt: skip
+
+
 def file_problems(name: str, c) -> list[str]:
     """Files have frames of many sizes, and the memory holds features of them and embeddings of their events."""
     wrong = []
-    if c.method in ONE_SIZE or c.adaptive:
-        needs = "adaptive" if c.adaptive else c.method
-        wrong.append(f"views.{name}: {needs!r} needs videos of one size, and files have many")
+    if c.method in ONE_SIZE:
+        wrong.append(f"views.{name}: {c.method!r} needs videos of one size, and files have many")
     if c.method in WATCHERS or c.shrink > 1:
         needs = f"shrink = {c.shrink}" if c.shrink > 1 else repr(c.method)
         wrong.append(f"views.{name}: {needs} needs the pixels, and a run on files reads stored features")

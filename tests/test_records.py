@@ -90,7 +90,7 @@ def start(repo, folder: pathlib.Path, entry: str, *arguments: str):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     command = [sys.executable, "-m", f"marc_jax.{entry}", f"--config={folder / 'tiny.py'}", *arguments]
     environment = {**os.environ, "XLA_FLAGS": flags}
-    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -146,6 +146,17 @@ def test_a_decoder_that_dies_costs_only_its_file(trained, place, tmp_path, monke
     here = run.prepare(config, tmp_path)
     with pytest.raises(ConfigError, match="1 of 5 rows cannot be used .* row 1: ./segfault.mp4: its decoder died"):
         records.open_records(here, str(tmp_path / "train.json"), "train")
+
+
+def test_the_teacher_can_be_asked_beforehand(trained, place, repo):
+    """The questions that training met are not asked again; the rest come by the same rollouts in any batch."""
+    before = lines(trained / "teacher.jsonl")
+    done = start(repo, place, "precompute", f"--workdir={trained}", "--stage=cgrpo")
+    assert done.returncode == 0 and "5 questions in " in done.stderr, done.stderr[-3000:]
+    after = lines(trained / "teacher.jsonl")
+    assert after[: len(before)] == before and len(after) == len({row["sample"] for row in after}) == 5
+    refused = start(repo, place, "precompute", f"--workdir={trained}", "--stage=sft")
+    assert refused.returncode == 2 and "config.sft compares with no frozen teacher" in refused.stderr
 
 
 def test_eval_and_export(trained, place, repo):
@@ -258,15 +269,17 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(traine
         {"problem": "why " * 300},
     )  # fmt: skip
     bad = [good[1] | change for change in changes]
-    with pytest.raises(ConfigError, match="5 of 10 rows cannot be used .* row 5: ./absent.mp4: .*does not exist") as e:
-        opened(trained, place, good + bad)
+    with pytest.raises(ConfigError, match="4 of 10 rows cannot be used .* line 1: ./absent.mp4: .*does not exist") as e:
+        opened(trained, place, good + bad)  # before anything is decoded
     assert "--config.data.skip_bad=True" in str(e.value) and "\n" not in str(e.value)
-    listed = lines(place / "here" / "these.bad.jsonl")
-    assert [line["row"] for line in listed] == [5, 6, 7, 8, 9]
-    assert "leads out of the data root" in listed[1]["reason"] and "solution: is 3, not a text" in listed[3]["reason"]
-    assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
+    with pytest.raises(ConfigError, match="1 of 6 rows cannot be used .* line 1: ./broken.mp4: "):
+        opened(trained, place, [*good, bad[2]])
     _, source = opened(trained, place, good + bad, skip_bad=True)
     assert len(source.records) == 5 and len(source.unreadable) == 5
+    listed = lines(place / "here" / "these.bad.jsonl")
+    assert [(line["row"], line["line"]) for line in listed] == [(row, 1) for row in (5, 6, 7, 8, 9)]
+    assert "leads out of the data root" in listed[1]["reason"] and "solution: is 3, not a text" in listed[3]["reason"]
+    assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
     _, some = opened(trained, place, good * 4, sample=7)
     _, same = opened(trained, place, good * 4, sample=7)
     assert [r["problem_id"] for r in some.records] == [r["problem_id"] for r in same.records]
@@ -304,7 +317,7 @@ def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
         ("data.buckets=(1, 3)", "data.buckets = .* must end with data.max_frames / 2 = 4"),
         ("sft.visual=pixels", "sft: training on files takes visual = 'features'"),
         ("views.whole.method=pooled", "views.whole: 'pooled' needs videos of one size"),
-        ("views.whole.adaptive=True", "views.whole: 'adaptive' needs videos of one size"),
+        ("views.full.adaptive=True", "views.full.adaptive shares the budget of a merge: method must be 'merge'"),
         ("views.evs.method=token_learner", "views.evs: 'token_learner' needs videos of one size"),
         ("views.evs.method=visionzip", "views.evs: 'visionzip' needs the pixels, and a run on files reads stored"),
         ("views.uniform.shrink=2", "views.uniform: shrink = 2 needs the pixels"),
