@@ -144,7 +144,7 @@ def test_a_decoder_that_dies_costs_only_its_file(trained, place, tmp_path, monke
     (tmp_path / "train.json").write_text(json.dumps(made))
     config = settings.experiment(str(place / "tiny.py"), [f"--config.data.root={tmp_path / 'media'}"])
     here = run.prepare(config, tmp_path)
-    with pytest.raises(ConfigError, match="1 of 5 rows cannot be used .* row 1: ./segfault.mp4: its decoder died"):
+    with pytest.raises(ConfigError, match="1 of 5 rows cannot be used .* 1: ./segfault.mp4: its decoder died"):
         records.open_records(here, str(tmp_path / "train.json"), "train")
 
 
