@@ -68,12 +68,12 @@ class Host:
 
     def read(self) -> list[Clip]:
         """The sampled frames of every stream in the file's own size."""
-        read = functools.partial(read_frames, threads=None if self.row.batch == 1 else self.threads)
+        read = functools.partial(read_frames, parts=self.threads) if self.threads > 1 else read_frames
         return self.each(lambda _: self.row.sampling.read_full(self.video, read), range(self.row.batch))
 
     def events(self, clips: list[Clip]) -> list[list]:
         """Event spans of every stream in temporal patches."""
-        return self.each(lambda clip: events.segment(clip.frames, self.row.sampling.fps), clips)
+        return self.each(lambda c: events.segment(c.frames, self.row.sampling.fps, threads=self.threads), clips)
 
     def patchify(self, clips: list[Clip], slots: list | None = None) -> tuple[list[np.ndarray], tuple[int, int]]:
         """(uint8 [S, n, 1176] of every stream, grid (h, w)): of all temporal patches, or of those in `slots`."""
