@@ -116,7 +116,8 @@ def memory_table(row: dict, peer: dict | None) -> list[str]:
     lines.append(cells("both: lower by", "", *gains, ""))
     theirs = peer["peak_bytes"] / gib if peer and peer.get("peak_bytes") else ""
     lines.append(cells("peak on the device, GiB", *(row["peak_bytes"][way] / gib for way in ways), theirs))
-    lines.append(cells("memory of the video on disk, MiB", "", "", row["stored"] / mib, ""))
+    stored = f"memory of the video, MiB ({row['disk_ms']:.1f} ms from disk)"
+    lines.append(cells(stored, "", "", row["stored"] / mib, ""))
     return lines
 
 

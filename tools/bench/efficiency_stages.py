@@ -3,7 +3,8 @@
     uncompressed  open + decode, patchify, vision, prefill, decode: every token of every sampled frame
     cold          open + decode, events, embed, retrieve, patchify and vision of the chosen events alone, compress to
                   one temporal patch, prefill, decode
-    warm          memory, embed (the question), retrieve, compress, prefill, decode
+    warm          memory (kept, as of a video asked about last), embed (the question), retrieve, compress, prefill,
+                  decode
 
 Events and their embeddings come from the frames as decoded, so only the chosen events' frames are resized. The question
 is the same in every stream; the prompt has tools.bench.model's 122 text tokens. Answers never stop before `new` tokens.
@@ -29,10 +30,12 @@ from marc_jax.memory.indexer import Published
 from marc_jax.models import perception_encoder, qwen25_vl
 from marc_jax.rl import rollout
 from tools.bench import model as shapes
+from tools.bench import timing
 from tools.bench.efficiency_report import STAGES
 
 WAYS = ("uncompressed", "cold", "warm")
 FULL, MARC = views.View("all", "keep"), views.View("retrieve", "merge", k=3, keep=1)
+KEEP_BYTES = 1 << 30  # of the videos asked about last, as `marc_jax.archive` keeps them
 SECOND_PER_GRID = 1.0  # two frames at 2 per second
 
 
@@ -213,7 +216,9 @@ class Streams:
         with store.MemoryWriter(self.memory, store.fingerprint(bench="efficiency")) as writer:
             writer.add("video", entry)
             self.stored = writer.bytes
-        self.reader = store.MemoryReader(self.memory, None)
+        self.reader = store.MemoryReader(self.memory, None, KEEP_BYTES)
+        disk = store.MemoryReader(self.memory, None)
+        self.disk_ms = timing.median_ms(lambda: disk["video"], 3, wait=lambda _: None)
 
     # ---------------------------------------------------------------- passes
 
@@ -269,7 +274,8 @@ class Streams:
             "patches": self.total, "encoded": len(self.slots[0]), "events": len(self.spans), "grid": self.grid,
             "visual_tokens": {"uncompressed": self.total * tokens, "cold": tokens, "warm": tokens},
             "stages": stages, "spread": {way: max(x) - min(x) for way, x in totals.items()},
-            "peak_bytes": {way: self.peak(way) for way in WAYS}, "state_bytes": self.state(), "stored": self.stored,
+            "peak_bytes": {way: self.peak(way) for way in WAYS}, "state_bytes": self.state(),
+            "stored": self.stored, "disk_ms": self.disk_ms,
             "weight_bytes": nbytes(self.served.params), "compile_s": self.compile_s,
             "same_answer": bool((said["cold"] == said["warm"]).all()),
         }  # fmt: skip
