@@ -22,7 +22,7 @@ from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, V
 
 # Damage is an error, not a picture patched from its neighbours; checksums are compared where a format has them.
 _STRICT = "crccheck+bitstream+buffer+explode"
-KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
+_KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
 _WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
 _ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
 
@@ -94,7 +94,7 @@ class PyAVReader(_Reader):
         self._full, size, self._demuxers = check_file(path)
         try:
             self._container, self._stream = self._open()
-            self._scan(keep=size <= KEEP_PACKETS_BELOW)
+            self._scan(keep=size <= _KEEP_PACKETS_BELOW)
             self._start()
             self._describe()
         except BaseException:

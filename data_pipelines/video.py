@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo, check_sha256
-from data_pipelines.decoders import KEEP_PACKETS_BELOW, open_reader
+from data_pipelines.decoders import open_reader
 from data_pipelines.patches import VideoBudget, resize_frames
 
 __all__ = [
@@ -227,6 +227,7 @@ def read_folder(
     return Clip(_collect(reader, index, resize, limits), times[index], info, index)
 
 
+_HELD = 1 << 30  # bytes of packets and pictures that the readers of all stretches may hold
 _TAKEN = 8  # frames that are decoded while one is converted to RGB and resized
 
 
@@ -273,8 +274,9 @@ def _collect(reader, index, resize, limits, parts=1, reopen=None, threads=None) 
     if parts == 1:
         fill(reader, slice(None))
     else:
-        most = KEEP_PACKETS_BELOW // os.path.getsize(reader.path)  # each reader keeps the file's packets
-        shares = stretches(reader.starts, unique, max(1, min(parts, most)))
+        # Each reader keeps the file's packets, and its decoder up to twenty pictures of 1.5 bytes a pixel.
+        held = os.path.getsize(reader.path) + 30 * reader.info.width * reader.info.height
+        shares = stretches(reader.starts, unique, max(1, min(parts, _HELD // held)))
         with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
             list(pool.map(alone, shares))  # the first error in the order of the file is raised
     return out

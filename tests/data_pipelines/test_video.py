@@ -183,7 +183,7 @@ def test_a_small_video_is_quick(tmp_path):
 def test_files_too_large_to_keep_are_read_twice(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.mp4", 30)
     kept = read_frames(path)
-    monkeypatch.setattr(decoders, "KEEP_PACKETS_BELOW", 0)
+    monkeypatch.setattr(decoders, "_KEEP_PACKETS_BELOW", 0)
     again = read_frames(path)
     assert (kept.frames == again.frames).all() and (kept.index == again.index).all()
 
