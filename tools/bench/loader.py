@@ -26,7 +26,7 @@ import numpy as np
 from data_pipelines import loader
 from data_pipelines.video import VideoError, read_frames
 
-AHEAD = 6  # batches of one worker; the loader keeps two, and makes one
+LEAD, TAKEN = 8, 4  # batches of one worker before the first that counts, and those taken off the clock
 
 
 def load(path: str, frames: int, size: int) -> np.ndarray:
@@ -70,6 +70,15 @@ def clocked(run) -> tuple[float, float]:
     return time.perf_counter() - begun, cpu_seconds() - cpu
 
 
+def settle() -> None:
+    """Waits until the workers have nothing more to do: their queues are full."""
+    for _ in range(100):
+        before = cpu_seconds()
+        time.sleep(0.5)
+        if cpu_seconds() - before < 0.03:
+            return
+
+
 def _decode(read, path: str) -> None:
     read(path)
 
@@ -85,13 +94,14 @@ def alone(paths: list[str], workers: int, read) -> tuple[float, float]:
 
 def through(paths: list[str], workers: int, read, batch: int) -> tuple[float, float]:
     """Batches that hold every file once."""
-    lead = AHEAD * max(1, workers)  # batches: more than are made before anybody takes one
-    records = paths[:1] * (lead * batch) + paths
+    each = max(1, workers)
+    records = paths[:1] * (LEAD * each * batch) + paths
     stream = loader.iterate(records, read, batch_size=batch, workers=workers, shuffle=False)
     rest = lambda count: [None for _ in itertools.islice(stream, count)]  # noqa: E731
     try:
-        rest(max(1, workers))  # one of each: all have started
-        return clocked(lambda: rest(len(records) // batch - max(1, workers)))
+        rest(TAKEN * each)
+        settle()
+        return clocked(lambda: rest(len(records) // batch - TAKEN * each))
     finally:
         stream.close()
 
