@@ -4,10 +4,10 @@
 
 Both sides read the same files once, with one function: `--frames` frames of `--size` x `--size` pixels. Alone, every
 process takes one file after another and throws the frames away. The loader decodes in its workers, stacks, moves every
-batch here and hands it out in order; its stream begins with the quickest file many times over, so that the clock starts
-when all workers run, have imported what they need and have touched no other video; so do the processes alone. The two
-take turns; medians, and from where to where the ratios went. Wall time is what a run waits for; CPU seconds, of this
-process and its workers, are what other programs on the machine disturb less.
+batch here and hands it out in order. Both begin with the quickest file many times over, so that the clock starts when
+all processes run and have imported what they need, and nothing that takes time was decoded ahead. The two take turns;
+medians, and from where to where the ratios went. Wall time is what a run waits for; CPU seconds, of this process and
+its workers, are what other programs on the machine disturb less.
 Without names: $MARC_JAX_TEST_DATA/videos.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from data_pipelines import loader
 from data_pipelines.video import VideoError, read_frames
 
-LEAD, TAKEN = 8, 4  # batches of one worker before the first that counts, and those taken off the clock
+LEAD = 8  # batches of the quickest file that each worker begins with; the first is off the clock
 
 
 def load(path: str, frames: int, size: int) -> np.ndarray:
@@ -70,15 +70,6 @@ def clocked(run) -> tuple[float, float]:
     return time.perf_counter() - begun, cpu_seconds() - cpu
 
 
-def settle() -> None:
-    """Waits until the workers have nothing more to do: their queues are full."""
-    for _ in range(100):
-        before = cpu_seconds()
-        time.sleep(0.5)
-        if cpu_seconds() - before < 0.03:
-            return
-
-
 def _decode(read, path: str) -> None:
     read(path)
 
@@ -93,15 +84,13 @@ def alone(paths: list[str], workers: int, read) -> tuple[float, float]:
 
 
 def through(paths: list[str], workers: int, read, batch: int) -> tuple[float, float]:
-    """Batches that hold every file once."""
+    """Batches of the same files, the first of every worker apart."""
     each = max(1, workers)
-    records = paths[:1] * (LEAD * each * batch) + paths
-    stream = loader.iterate(records, read, batch_size=batch, workers=workers, shuffle=False)
+    stream = loader.iterate(paths[:1] * (each * batch) + paths, read, batch_size=batch, workers=workers, shuffle=False)
     rest = lambda count: [None for _ in itertools.islice(stream, count)]  # noqa: E731
     try:
-        rest(TAKEN * each)
-        settle()
-        return clocked(lambda: rest(len(records) // batch - TAKEN * each))
+        rest(each)
+        return clocked(lambda: rest(len(paths) // batch))
     finally:
         stream.close()
 
@@ -129,11 +118,12 @@ def main(argv=None) -> int:
     for workers in map(int, args.workers.split(",")):
         turns = []
         for turn in range(args.turns):
-            sides = [lambda: alone(paths, workers, read), lambda: through(paths, workers, read, args.batch)]  # noqa: B023
+            files = paths[:1] * ((LEAD - 1) * max(1, workers) * args.batch) + paths
+            sides = [lambda: alone(files, workers, read), lambda: through(files, workers, read, args.batch)]  # noqa: B023
             first = turn % 2  # in turn: a machine that is ever busier is unfair to nobody
             took = {side: sides[side]() for side in (first, 1 - first)}
             turns.append((took[0], took[1]))
-        speeds = [len(paths) / statistics.median(turn[side][0] for turn in turns) for side in (0, 1)]
+        speeds = [len(files) / statistics.median(turn[side][0] for turn in turns) for side in (0, 1)]
         cells = []
         for clock in (0, 1):
             ratios = [a[clock] / b[clock] for a, b in turns]
