@@ -3,7 +3,7 @@
     OPENBLAS_NUM_THREADS=1 python -m tools.bench.loader [VIDEO...] [--workers=0,1,2,4] [--turns=3]
 
 Both sides read the same files once, with one function: `--frames` frames of `--size` x `--size` pixels. Alone, every
-process takes one file after another and throws the frames away. The loader decodes in its workers, stacks, moves every
+process takes one batch after another and throws the frames away. The loader decodes in its workers, stacks, moves every
 batch here and hands it out in order. Both begin with the quickest file many times over, so that the clock starts when
 all processes run and have imported what they need, and nothing that takes time was decoded ahead. The two take turns;
 medians, and from where to where the ratios went. Wall time is what a run waits for; CPU seconds, of this process and
@@ -70,23 +70,31 @@ def clocked(run) -> tuple[float, float]:
     return time.perf_counter() - begun, cpu_seconds() - cpu
 
 
+def _start(read, path: str, all_here) -> None:
+    """A process decodes one file and waits for the others."""
+    read(path)
+    all_here.wait()
+
+
 def _decode(read, path: str) -> None:
     read(path)
 
 
-def alone(paths: list[str], workers: int, read) -> tuple[float, float]:
+def alone(paths: list[str], workers: int, read, batch: int) -> tuple[float, float]:
     """Decoding every file once, in so many processes (0: this one)."""
     if not workers:
         return clocked(lambda: [read(path) for path in paths])
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(functools.partial(_decode, read), paths[:1] * 4 * workers, chunksize=1)  # all have started
-        return clocked(lambda: pool.map(functools.partial(_decode, read), paths, chunksize=1))
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(workers, _start, (read, paths[0], spawn.Barrier(workers))) as pool:
+        pool.map(functools.partial(_decode, read), paths[:1])  # all have started
+        return clocked(lambda: pool.map(functools.partial(_decode, read), paths, chunksize=batch))
 
 
 def through(paths: list[str], workers: int, read, batch: int) -> tuple[float, float]:
     """Batches of the same files, the first of every worker apart."""
     each = max(1, workers)
-    stream = loader.iterate(paths[:1] * (each * batch) + paths, read, batch_size=batch, workers=workers, shuffle=False)
+    files = paths[:1] * (each * batch) + paths
+    stream = loader.iterate(files, read, batch_size=batch, workers=workers, shuffle=False, epochs=1)
     rest = lambda count: [None for _ in itertools.islice(stream, count)]  # noqa: E731
     try:
         rest(each)
@@ -119,7 +127,7 @@ def main(argv=None) -> int:
         turns = []
         for turn in range(args.turns):
             files = paths[:1] * ((LEAD - 1) * max(1, workers) * args.batch) + paths
-            sides = [lambda: alone(files, workers, read), lambda: through(files, workers, read, args.batch)]  # noqa: B023
+            sides = [functools.partial(side, files, workers, read, args.batch) for side in (alone, through)]
             first = turn % 2  # in turn: a machine that is ever busier is unfair to nobody
             took = {side: sides[side]() for side in (first, 1 - first)}
             turns.append((took[0], took[1]))
