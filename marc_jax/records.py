@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import loader, sandbox, sources, video
+from data_pipelines import frames, loader, sandbox, sources, video
 from marc_jax import distributed, files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
@@ -299,7 +299,11 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
     keys = {media_key(record): record for record in records}
     media = list(keys.values())[part::parts]
     pool = sandbox.Pool(max(1, run.config.data.workers), run.config.data.decode_seconds)
-    decode, broken = functools.partial(_decode, worker, root, pool.read_frames), {}
+    try:
+        kept = frames.Frames(run.config.data.frames, pool.read_frames) if run.config.data.frames else None
+    except OSError as error:
+        raise ConfigError(f"config.data.frames = {run.config.data.frames!r}: {error.strerror}") from None
+    decode, broken = functools.partial(_decode, worker, root, pool.read_frames, kept), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
@@ -324,7 +328,9 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
     return memory, broken
 
 
-def _decode(worker: indexer.Indexer, root: str, read: Callable, record: sources.Record) -> indexer.Decoded:
+def _decode(
+    worker: indexer.Indexer, root: str, read: Callable, kept: frames.Frames | None, record: sources.Record
+) -> indexer.Decoded:
     start, end = clip_of(record) or (None, None)
     if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
         told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
@@ -334,7 +340,8 @@ def _decode(worker: indexer.Indexer, root: str, read: Callable, record: sources.
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    return worker.decode(path, read=functools.partial(read, start=start, end=end))
+    sha256, read = (None, read) if kept is None else (kept.sha256(path), kept.read)
+    return worker.decode(path, sha256, functools.partial(read, start=start, end=end))
 
 
 def _stamp(root: str, path: str) -> dict:
