@@ -306,9 +306,19 @@ def prepare(config, workdir: Path) -> Run:
         words = (folder / "tokenizer.json").read_bytes()
     files.write_whole(workdir / "tokenizer.json", words)
     run = surroundings(config, workdir)
+    for name in config.stages:
+        if not any(config.only) or name in config.only:
+            check_batch(run, name)
     check_sources(config, run.cfg)
     pretrained.fits(run.cfg, run.tokenizer)
     return run
+
+
+def check_batch(run: Run, name: str) -> None:
+    """Raises ConfigError where a stage's videos cannot be shared out among the devices."""
+    ways, videos = run.mesh.shape["data"] * run.mesh.shape["fsdp"], run.config[name].videos
+    if videos % ways:
+        raise ConfigError(f"config.{name}.videos = {videos} does not divide over {ways} devices (data x fsdp)")
 
 
 def to_be_given(config) -> list[tuple[str, str]]:

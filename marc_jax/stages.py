@@ -24,7 +24,7 @@ from marc_jax.distill import distill
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
 from marc_jax.rl import step
-from marc_jax.run import Run, embedded
+from marc_jax.run import Run, check_batch, embedded
 
 
 def build(run: Run, name: str):
@@ -32,9 +32,7 @@ def build(run: Run, name: str):
     stage = run.config[name]
     if stage.kind not in KINDS:
         raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(KINDS)}")
-    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    if stage.videos % ways:
-        raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
+    check_batch(run, name)
     if stage.kind == "retriever":
         return retriever(run, name)
     names = stage_settings.ladder(stage)
