@@ -306,9 +306,6 @@ def prepare(config, workdir: Path) -> Run:
         words = (folder / "tokenizer.json").read_bytes()
     files.write_whole(workdir / "tokenizer.json", words)
     run = surroundings(config, workdir)
-    for name in config.stages:
-        if not any(config.only) or name in config.only:
-            check_batch(run, name)
     check_sources(config, run.cfg)
     pretrained.fits(run.cfg, run.tokenizer)
     return run
