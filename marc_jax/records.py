@@ -24,7 +24,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import loader, sources, video
+from data_pipelines import frames, loader, sources, video
 from marc_jax import files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
@@ -305,7 +305,11 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
     """
     root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
     media = list({media_key(record): record for record in records}.values())
-    decode, broken = functools.partial(_decode, worker, root), {}
+    try:
+        kept = frames.Frames(run.config.data.frames) if run.config.data.frames else None
+    except OSError as error:
+        raise ConfigError(f"config.data.frames = {run.config.data.frames!r}: {error.strerror}") from None
+    decode, broken = functools.partial(_decode, worker, root, kept), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
@@ -325,7 +329,9 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
     return memory, broken
 
 
-def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+def _decode(
+    worker: indexer.Indexer, root: str, kept: frames.Frames | None, record: sources.Record
+) -> indexer.Decoded:
     start, end = clip_of(record) or (None, None)
     if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
         told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
@@ -335,7 +341,8 @@ def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> index
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    return worker.decode(path, read=functools.partial(video.read_frames, start=start, end=end))
+    sha256, read = (None, video.read_frames) if kept is None else (kept.sha256(path), kept.read)
+    return worker.decode(path, sha256, functools.partial(read, start=start, end=end))
 
 
 def _stamp(root: str, path: str) -> dict:
