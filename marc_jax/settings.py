@@ -9,6 +9,7 @@ from marc_jax import config as configs
 from marc_jax import files, stage_settings, view_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import benchmarks
+from marc_jax.view_settings import unknown
 
 POOL = ("mean", "max")
 GROUPS = ("teacher", "baseline", "student")
@@ -28,12 +29,16 @@ def base() -> ConfigDict:
     Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
     media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
     image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
-    checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`;
+    checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`; `frames` is
+    one of sampled frames for runs with another tower or encoder (`data_pipelines.frames`; "": none);
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
     `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
     data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
+    `watch`: every `samples` steps a table of `rows` completions, every `evaluate` steps an evaluation of `questions`
+    held-out questions through the stage's views and its teacher's (on files: the first of `file`); `profile_steps`
+    steps from step `profile` on under jax.profiler (0: none of it).
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -52,7 +57,7 @@ def base() -> ConfigDict:
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
             "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
-            "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
+            "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "", "frames": "",
         },
         "model": {
             "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
@@ -63,6 +68,9 @@ def base() -> ConfigDict:
         "eval": {
             "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
             "benchmark": "", "scoring": "videor1", "limit": 0,
+        },
+        "watch": {
+            "samples": 0, "rows": 8, "evaluate": 0, "questions": 64, "file": "", "profile": 0, "profile_steps": 3,
         },
     })  # fmt: skip
 
@@ -87,10 +95,10 @@ def published(folder: str) -> ConfigDict:
     c.model.update(dtype="bfloat16", frozen_dtype="bfloat16")
     c.mesh.update(data=1, fsdp=-1)
     c.data.fps = 2.0
-    c.views = ConfigDict({name: view_settings.view() for name in ("full", "whole", "marc", "per_event")})
+    c.views = ConfigDict({name: view_settings.view() for name in ("full", "whole", "marc", "per_event", "blind")})
     c.views.whole.method = c.views.marc.method = "merge"
     c.views.marc.select = c.views.per_event.select = "retrieve"
-    c.views.per_event.method = "per_event"
+    c.views.per_event.method, c.views.blind.select = "per_event", "none"
     c.eval.main, c.eval.arms = "published", ConfigDict({"published": arm()})
     c.eval.arms.published.view = "per_event"
     return c
@@ -157,10 +165,9 @@ def validate(config: ConfigDict) -> None:
         wrong.append(f"data.events = {events} must be (fewest, most)")
     if len(patches) != 2 or not 1 <= patches[0] <= patches[1]:
         wrong.append(f"data.patches = {patches} must be (shortest, longest) event in temporal patches")
-    if unknown := [name for name in config.only if name and name not in config.stages]:
-        wrong.append(f"only names {unknown[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
-    if config.encoder.pool not in POOL:
-        wrong.append(f"encoder.pool = {config.encoder.pool!r}: choose one of {', '.join(POOL)}")
+    if strange := [name for name in config.only if name and name not in config.stages]:
+        wrong.append(f"only names {strange[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
+    wrong += unknown("encoder.pool", config.encoder.pool, POOL)
     if config.max_new_tokens < 1 or config.save_every < 1 or config.log_every < 1:
         wrong.append("max_new_tokens, save_every and log_every must be at least 1")
     for tower, sizes in (("vision", config.model.vision), ("text", config.model.text)):
@@ -170,11 +177,13 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in view_settings.problems(name, config.views[name])]
+    most = config.data.max_frames // 2 if on_files(config) else int(max(events) * max(patches))
+    wrong += view_settings.budget_problems(config.views, most)
     layers = config.model.text.num_layers
     wrong += _file_problems(config) if on_files(config) else view_settings.layer_problems(config.views, layers)
     for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
-        if config.eval[key] not in known:
-            wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
+        wrong += unknown(f"eval.{key}", config.eval[key], known)
+    wrong += _watch_problems(config)
     if config.init_from and not stage_settings.holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {stage_settings.WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
@@ -200,19 +209,29 @@ def _file_problems(config) -> list[str]:
         wrong.append(f"data.buckets = {data.buckets} must end with data.max_frames / 2 = {data.max_frames // 2}")
     if min(data.frame_tokens, data.question_tokens, data.answer_tokens) < 1 or data.fps <= 0:
         wrong.append("data.frame_tokens, question_tokens, answer_tokens and fps must be positive")
-    if data.tokens not in STORED:
-        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(STORED)}")
-    for key in ("dtype", "frozen_dtype"):
-        if config.model[key] not in stage_settings.DTYPES:
-            wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(stage_settings.DTYPES)}")
-    if config.model.remat not in REMAT:
-        wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
+    wrong += unknown("data.tokens", data.tokens, STORED)
+    for key, known in (("dtype", stage_settings.DTYPES), ("frozen_dtype", stage_settings.DTYPES), ("remat", REMAT)):
+        wrong += unknown(f"model.{key}", config.model[key], known)
     wrong += [problem for name, c in config.views.items() for problem in view_settings.file_problems(name, c)]
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
             wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
-        if config[name].visual != "features" or config[name].get("questions", 1) != 1:
-            wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
+        if config[name].visual != "features":
+            wrong.append(f"{name}: training on files takes visual = 'features'")
+        wrong += [
+            f"{name}.questions share one look at their video, but view {view!r} looks by the question: take 1"
+            for view in (stage_settings.ladder(config[name]) if config[name].get("questions", 1) > 1 else ())
+            if view in config.views and config.views[view].select == "retrieve"
+        ]  # fmt: skip
+    return wrong
+
+
+def _watch_problems(config) -> list[str]:
+    c, wrong = config.watch, []
+    if min(c.samples, c.evaluate, c.profile) < 0 or min(c.rows, c.questions, c.profile_steps) < 1:
+        wrong.append("watch: samples, evaluate and profile must not be negative, the others at least 1")
+    if c.evaluate and on_files(config) and not c.file:
+        wrong.append("watch.evaluate on files needs watch.file, a file of questions that no stage trains on")
     return wrong
 
 
@@ -222,15 +241,14 @@ def _arm_problems(config, name: str, done: list[str]) -> list[str]:
         wrong.append(f"eval.arms.{name}.stage = {c.stage!r} is not one of the stages")
     if c.view not in config.views:
         wrong.append(f"eval.arms.{name}.view = {c.view!r} is not one of config.views")
-    if c.group not in GROUPS:
-        wrong.append(f"eval.arms.{name}.group = {c.group!r}: choose one of {', '.join(GROUPS)}")
-    return wrong
+    return wrong + unknown(f"eval.arms.{name}.group", c.group, GROUPS)
 
 
 def _trained_views(c: dict) -> dict:
     """The views that stages of this config look through, with the defaults of keys that came after it was written."""
     stages = [c[name] for name in c["stages"] if name in c]
     names = {stage.get(field, "") for stage in stages for field in ("view", "teacher_view")}
+    names |= {name for stage in stages for name in stage.get("ladder", ())}
     defaults = json.loads(configs.to_json(view_settings.view()))
     return {name: defaults | c["views"][name] for name in names if name in c["views"]}
 
@@ -245,9 +263,9 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         before, now = json.loads(path.read_text()), json.loads(text)
         before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
-            for name in ("test", "root", "skip_bad", "workers", "memory"):
+            for name in ("test", "root", "skip_bad", "workers", "memory", "frames"):
                 c["data"].pop(name, None)
-            for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
+            for name in ("log_every", "save_every", "eval", "encoder", "title", "only", "watch"):
                 c.pop(name, None)
             c["views"] = _trained_views(c)
         if before != now:

@@ -62,33 +62,51 @@ def train(config, workdir: Path) -> None:
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
     here = run.prepare(config, workdir)
+    wanted = [name for name in config.stages if not any(config.only) or name in config.only]
+    for name in wanted:
+        run.check_batch(here, name)
     on_files = settings.on_files(config)
     (records if on_files else synthetic).load_training(here)
     timings["data"] = time.monotonic() - started
 
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
     with Interrupt() as stop:
-        for name in config.stages:
-            if any(config.only) and name not in config.only:
-                continue
+        for name in wanted:
             begun = time.monotonic()
+            watch = here.watch = watched(here, name)
             first, draw, step_fn, trainable = stages.build(here, name)
+            draw, step_fn = watch.drawing(draw), watch.around(step_fn, first)
             skip = config[name].optimizer.skip
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every, skip=skip)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
             told = functools.partial(stages.samples, here, name)
-            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
+            with watch:
+                state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
             if config[name].kind == "retriever":
                 here.use_retriever(optim.unflatten(state.params), config[name].init)
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
-    wanted = config.eval.arms and not any(config.only) and (config.data.test or not on_files)
+    reports = config.eval.arms and not any(config.only) and (config.data.test or not on_files)
     if jax.process_count() > 1:
         print("a run of several processes leaves its report to: python -m marc_jax.eval", file=sys.stderr)
-    elif wanted:
+    elif reports:
         with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
             experiment.report_on(here, timings, started)
+
+
+def watched(here, name: str):
+    """What watches stage `name` of a run, as config.watch says."""
+    from marc_jax.evaluation.during import During
+    from marc_jax.watch import Watch
+
+    how, kind = here.config.watch, here.config[name].kind
+    evaluated = how.evaluate if kind != "retriever" else 0
+    return Watch(
+        here.workdir / name, every=here.config.log_every, samples=how.samples, rows=how.rows,
+        evaluate=functools.cache(functools.partial(During, here, name)), evaluate_every=evaluated,
+        profile=(how.profile, how.profile_steps),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

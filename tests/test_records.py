@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import patches
-from marc_jax import batches, messages, pretrained, records, run, settings
+from marc_jax import batches, messages, pretrained, records, run, settings, sharding, stages
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import indexer
@@ -88,7 +88,7 @@ def start(repo, folder: pathlib.Path, entry: str, *arguments: str):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     command = [sys.executable, "-m", f"marc_jax.{entry}", f"--config={folder / 'tiny.py'}", *arguments]
     environment = {**os.environ, "XLA_FLAGS": flags}
-    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -117,6 +117,17 @@ def test_a_resumed_stage_gives_the_same_losses(trained, place, repo):
     again = start(repo, place, "train", f"--workdir={trained}", "--config.only=('sft',)")
     assert again.returncode == 0, again.stderr[-3000:]
     assert lines(trained / "sft" / "metrics.jsonl") == before
+
+
+def test_the_teacher_can_be_asked_beforehand(trained, place, repo):
+    """The questions that training met are not asked again; the rest come by the same rollouts in any batch."""
+    before = lines(trained / "teacher.jsonl")
+    done = start(repo, place, "precompute", f"--workdir={trained}", "--stage=cgrpo")
+    assert done.returncode == 0 and "5 questions in " in done.stderr, done.stderr[-3000:]
+    after = lines(trained / "teacher.jsonl")
+    assert after[: len(before)] == before and len(after) == len({row["sample"] for row in after}) == 5
+    refused = start(repo, place, "precompute", f"--workdir={trained}", "--stage=sft")
+    assert refused.returncode == 2 and "config.sft compares with no frozen teacher" in refused.stderr
 
 
 def test_eval_and_export(trained, place, repo):
@@ -219,6 +230,27 @@ def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once
     seen = [i for asked in draws for i in asked.ids_b.tolist()]
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5)) and seen[:5] != seen[5:]
     assert [asked.image_b.sum() for asked in draws] == [(asked.ids_b == 2).sum() for asked in draws]
+    packed = [source.draw("sft", step, 1, 2, None, None) for step in range(3)]  # two videos of two, a picture of one
+    met = [[record.row for record in asked.questions_bg[0]] for asked in packed]
+    assert sorted(map(tuple, met)) == [(0, 4), (1, 3), (2,)]
+    assert [asked.ids_b.tolist() for asked in packed] == [row[:1] for row in met]
+    assert all(len({record.path for record in asked.questions_bg[0]}) == 1 for asked in packed)
+
+
+def test_several_questions_about_one_video_share_a_row(trained, place):
+    """Their loss is that of the same questions in rows of their own, token by token."""
+    here, source = opened(trained, place)
+    losses, mesh = {}, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for questions, videos in ((2, 3), (1, 5)):
+        stage = here.config.sft.copy_and_resolve_references()
+        stage.update(view="whole", questions=questions, videos=videos, init="")
+        config = here.config.copy_and_resolve_references()
+        config.sft = stage
+        now = dataclasses.replace(here, config=config, mesh=mesh, sources={stage.file: source})
+        first, draw, learn, _ = stages.build(now, "sft")
+        losses[questions] = jax.device_get(learn(first, draw(0))[1]["loss"])
+    assert losses[2][1] == losses[1][1]
+    np.testing.assert_allclose(losses[2][0], losses[1][0], rtol=1e-5)
 
 
 def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(trained, place):

@@ -54,6 +54,8 @@ class View:
       apart: patches chosen by "topk" lie at least so many patches apart.
       seed: of "random_tokens".
       layer: after which the decoder loses tokens by "fastv"; until then it reads every chosen patch.
+      tell: said before every question, e.g. "{patches} patches, {tokens} tokens. ", the most that is read; "" says
+        nothing.
     """
 
     select: str = "all"
@@ -71,6 +73,7 @@ class View:
     apart: int = 1
     seed: int = 0
     layer: int = 2
+    tell: str = ""
 
     def __post_init__(self):
         if self.select not in SELECT or self.method not in METHOD:
@@ -111,6 +114,11 @@ class View:
     def count(self, patches_b, tokens_per_patch):
         """int [B]: tokens that are read of videos of so many patches, for a view with a share; at least 1."""
         return ((round(1000 * self.share) * patches_b * tokens_per_patch + 500) // 1000).clip(1)
+
+    def told(self, kept: int, tokens_per_patch: int) -> str:
+        """What `tell` says of a prompt with so many patches' worth of tokens."""
+        tokens = kept * tokens_per_patch
+        return self.tell.format(patches=kept, tokens=tokens if self.tokens is None else min(self.tokens, tokens))
 
     def patches(self, max_patches: int, max_event: int) -> int:
         """S, the static number of temporal patches that reach the vision tower."""
