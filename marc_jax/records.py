@@ -57,29 +57,45 @@ class Records:
         self._most_k, data = max(view.k for view in run.views.values()), run.config.data
         self._buckets, self._second_per_grid = sorted(data.buckets), data.second_per_grid
         self._tokens_per_second, self._patches = run.cfg.tokens_per_second, run.grid_hw[0] * run.grid_hw[1]
-        self._readers = ThreadPoolExecutor(READERS)
+        self._readers, self._packs = ThreadPoolExecutor(READERS), {}
         self.records, self.unreadable = [row_of(record) for record in records], tuple(unreadable)
 
     def draw(self, stage: str, step: int, videos: int, per_video: int, events, types) -> Asked:
-        """The questions of one step, of one video or image each; the same for the same (seed, stage, step).
+        """The questions of one step, about a video or image each; the same for the same (seed, stage, step).
 
-        Every question is met once per epoch; a batch may hold the end of one and the beginning of the next.
+        Up to `per_video` questions about one medium stand together. Every question is met once per epoch; a batch may
+        hold the end of one and the beginning of the next.
         """
-        del per_video, events, types  # of the synthetic set
-        seed, rows = zlib.crc32(f"{self._seed}/{stage}".encode()), []
+        del events, types  # of the synthetic set
+        seed, rows, together = zlib.crc32(f"{self._seed}/{stage}".encode()), [], self._together(per_video)
         for position in range(step * videos, (step + 1) * videos):
-            epoch, at = divmod(position, len(self._records))
-            rows.append(int(loader.epoch_order(len(self._records), seed, epoch)[at]))
-        return self.asked(rows)
+            epoch, at = divmod(position, len(together))
+            rows.append(together[int(loader.epoch_order(len(together), seed, epoch)[at])])
+        return self._asked(rows)
+
+    def _together(self, most: int) -> list[tuple[int, ...]]:
+        """All questions, up to `most` about the same medium together."""
+        if most not in self._packs:
+            media: dict[str, list[int]] = {}
+            for i, record in enumerate(self._records):
+                media.setdefault(media_key(record) if most > 1 else str(i), []).append(i)
+            packs = (rows[start : start + most] for rows in media.values() for start in range(0, len(rows), most))
+            self._packs[most] = [tuple(rows) for rows in packs]
+        return self._packs[most]
 
     def asked(self, rows: Sequence[int]) -> Asked:
-        """These questions, padded to the smallest sizes that hold them."""
-        records = [self._records[i] for i in rows]
+        """These questions, one in each row, padded to the smallest sizes that hold them."""
+        return self._asked([(i,) for i in rows])
+
+    def _asked(self, rows: Sequence[tuple[int, ...]]) -> Asked:
+        records_bg = [[self._records[i] for i in row] for row in rows]
+        records = [row[0] for row in records_bg]
         entries = list(self._readers.map(lambda record: self._memory[media_key(record)], records))
         shapes = tuple(self._shape(*pair) for pair in zip(records, entries, strict=True))
-        texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r in records]
-        words = [self._prompter.words(*pair)[1] for pair in zip(texts, shapes, strict=True)]
-        said = [self._prompter.spoken(record.target) for record in records]
+        shaped = [(record, shape) for row, shape in zip(records_bg, shapes, strict=True) for record in row]
+        texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r, _ in shaped]
+        words = [self._prompter.words(text, shape)[1] for text, (_, shape) in zip(texts, shaped, strict=True)]
+        said = [self._prompter.spoken(record.target) for record, _ in shaped]
         most = bucket(max(len(entry.tokens) for entry in entries), self._buckets)
         sizes = dataclasses.replace(
             self.sizes, patches=most, events=max(most, self._most_k), event=most,
@@ -89,11 +105,10 @@ class Records:
         bank = np.zeros((len(rows), most, self._patches, first.shape[-1]), first.dtype)
         for row, entry in zip(bank, entries, strict=True):
             row[: len(entry.tokens), : entry.tokens.shape[1]] = entry.tokens
-        query_bd = None if self._query_nd is None else self._query_nd[list(rows)]
+        query_bd = None if self._query_nd is None else self._query_nd[[row[0] for row in rows]]
         ids_b = np.array([record.row for record in records])
         return Asked(
-            spans(entries, sizes.events, query_bd), [[record] for record in records], ids_b, sizes, self._style, shapes,
-            bank, query_bd,
+            spans(entries, sizes.events, query_bd), records_bg, ids_b, sizes, self._style, shapes, bank, query_bd,
         )  # fmt: skip
 
     def _shape(self, record: sources.Record, entry: store.MemoryEntry) -> Shape:

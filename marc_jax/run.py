@@ -311,6 +311,13 @@ def prepare(config, workdir: Path) -> Run:
     return run
 
 
+def check_batch(run: Run, name: str) -> None:
+    """Raises ConfigError where a stage's videos cannot be shared out among the devices."""
+    ways, videos = run.mesh.shape["data"] * run.mesh.shape["fsdp"], run.config[name].videos
+    if videos % ways:
+        raise ConfigError(f"config.{name}.videos = {videos} does not divide over {ways} devices (data x fsdp)")
+
+
 def to_be_given(config) -> list[tuple[str, str]]:
     """(key, what it is) of what training on files needs, no preset can know, and is not there."""
     needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}

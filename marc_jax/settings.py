@@ -216,8 +216,13 @@ def _file_problems(config) -> list[str]:
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
             wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
-        if config[name].visual != "features" or config[name].get("questions", 1) != 1:
-            wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
+        if config[name].visual != "features":
+            wrong.append(f"{name}: training on files takes visual = 'features'")
+        wrong += [
+            f"{name}.questions share one look at their video, but view {view!r} looks by the question: take 1"
+            for view in (stage_settings.ladder(config[name]) if config[name].get("questions", 1) > 1 else ())
+            if view in config.views and config.views[view].select == "retrieve"
+        ]  # fmt: skip
     return wrong
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import patches
-from marc_jax import batches, messages, pretrained, records, run, settings
+from marc_jax import batches, messages, pretrained, records, run, settings, sharding, stages
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import indexer
@@ -230,6 +230,27 @@ def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once
     seen = [i for asked in draws for i in asked.ids_b.tolist()]
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5)) and seen[:5] != seen[5:]
     assert [asked.image_b.sum() for asked in draws] == [(asked.ids_b == 2).sum() for asked in draws]
+    packed = [source.draw("sft", step, 1, 2, None, None) for step in range(3)]  # two videos of two, a picture of one
+    met = [[record.row for record in asked.questions_bg[0]] for asked in packed]
+    assert sorted(map(tuple, met)) == [(0, 4), (1, 3), (2,)]
+    assert [asked.ids_b.tolist() for asked in packed] == [row[:1] for row in met]
+    assert all(len({record.path for record in asked.questions_bg[0]}) == 1 for asked in packed)
+
+
+def test_several_questions_about_one_video_share_a_row(trained, place):
+    """Their loss is that of the same questions in rows of their own, token by token."""
+    here, source = opened(trained, place)
+    losses, mesh = {}, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for questions, videos in ((2, 3), (1, 5)):
+        stage = here.config.sft.copy_and_resolve_references()
+        stage.update(view="whole", questions=questions, videos=videos, init="")
+        config = here.config.copy_and_resolve_references()
+        config.sft = stage
+        now = dataclasses.replace(here, config=config, mesh=mesh, sources={stage.file: source})
+        first, draw, learn, _ = stages.build(now, "sft")
+        losses[questions] = jax.device_get(learn(first, draw(0))[1]["loss"])
+    assert losses[2][1] == losses[1][1]
+    np.testing.assert_allclose(losses[2][0], losses[1][0], rtol=1e-5)
 
 
 def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(trained, place):
