@@ -9,23 +9,26 @@ A temporal patch is padded to one number of tokens, a batch to a bucket of tempo
 What a step sees is a function of (seed, stage, step) alone: its position in the data is one integer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import frames, loader, sources, video
-from marc_jax import files, metrics
+from data_pipelines import frames, loader, sandbox, sources, video
+from marc_jax import distributed, files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
@@ -222,8 +225,9 @@ def over_memory(
     bad |= {r.row: _bad(r, reason) for r in records if r.row not in bad and (reason := _absent(run, r))}
     if not run.config.data.skip_bad:
         _exclude(run, file, bad, total)  # before hours of decoding
-    encoder, pool = chosen_encoder(run)
-    worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
+    alone = run.alone()
+    encoder, pool = chosen_encoder(alone)
+    worker = open_indexer(alone, alone.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
     bad |= {r.row: _bad(r, broken[media_key(r)]) for r in records if media_key(r) in broken}
@@ -301,36 +305,46 @@ def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option:
 def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, str]]:
     """The memory of the records' media, and {key: reason} of those that cannot be read.
 
-    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
+    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most. Several
+    processes share the work; `worker` is then one of this process's devices alone. Raises ConfigError: they do not see
+    one folder.
     """
+    parts, part = jax.process_count(), jax.process_index()
     root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
-    media = list({media_key(record): record for record in records}.values())
+    keys = {media_key(record): record for record in records}
+    media = list(keys.values())[part::parts]
+    pool = sandbox.Pool(max(1, run.config.data.workers), run.config.data.decode_seconds)
     try:
-        kept = frames.Frames(run.config.data.frames) if run.config.data.frames else None
+        kept = frames.Frames(run.config.data.frames, pool.read_frames) if run.config.data.frames else None
     except OSError as error:
         raise ConfigError(f"config.data.frames = {run.config.data.frames!r}: {error.strerror}") from None
-    decode, broken = functools.partial(_decode, worker, root, kept), {}
+    decode, broken = functools.partial(_decode, worker, root, pool.read_frames, kept), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
     ):
         memory = store.MemoryReader(folder, worker.fingerprint)
         todo = [record for record in media if not _current(memory, root, record)]
-        for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
-            if bad is not None:
-                broken[media_key(record)] = bad["reason"]
-            else:
-                entry, stamp = worker.encode(decoded), _stamp(root, record.path)
-                writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
-            if done % FLUSH == 0:
-                writer.flush()
-            bar.update(len(media) - len(todo) + done, failed=len(broken))
+        work = loader.decode_ahead(todo, decode, pool.workers)
+        with contextlib.closing(work), pool:  # stopped, the pool ends first: no thread waits for a file then
+            for done, (record, decoded, bad) in enumerate(work, 1):
+                if bad is not None:
+                    broken[media_key(record)] = bad["reason"]
+                else:
+                    entry, stamp = worker.encode(decoded), _stamp(root, record.path)
+                    writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
+                if done % FLUSH == 0:
+                    writer.flush()
+                bar.update(len(media) - len(todo) + done, failed=len(broken))
+    broken = functools.reduce(operator.or_, distributed.exchanged(broken))
     memory.refresh()
+    if unseen := [key for key in keys if key not in memory and key not in broken]:
+        raise ConfigError(f"{folder} lacks {unseen[0]!r}, which another process has added: all need to see one folder")
     return memory, broken
 
 
 def _decode(
-    worker: indexer.Indexer, root: str, kept: frames.Frames | None, record: sources.Record
+    worker: indexer.Indexer, root: str, read: Callable, kept: frames.Frames | None, record: sources.Record
 ) -> indexer.Decoded:
     start, end = clip_of(record) or (None, None)
     if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
@@ -341,7 +355,7 @@ def _decode(
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    sha256, read = (None, video.read_frames) if kept is None else (kept.sha256(path), kept.read)
+    sha256, read = (None, read) if kept is None else (kept.sha256(path), kept.read)
     return worker.decode(path, sha256, functools.partial(read, start=start, end=end))
 
 
@@ -365,7 +379,8 @@ def _exclude(run: Run, file: str, bad: dict[int, dict], total: int) -> None:
     if not bad:
         return
     path, listed = run.workdir / f"{Path(file).stem}.bad.jsonl", [bad[row] for row in sorted(bad)]
-    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
+    if jax.process_index() == 0:
+        files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
     first = listed[0]
     where = f"line {first['line']}" if first["line"] else f"row {first['row']}"
     first = f"{where}: {first['path']}: {first['reason']}".replace(": : ", ": ")
@@ -382,8 +397,9 @@ def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, prob
     """Embeddings [N, D] of the questions, kept beside the memory."""
     told = json.dumps([encoder.fingerprint, problems]).encode()
     path = memory.path / f"questions-{hashlib.sha256(told).hexdigest()[:16]}.npy"
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         content = io.BytesIO()
         np.save(content, encoder.embed_texts(problems))
         files.write_whole(path, content.getvalue())
+    distributed.exchanged(None)  # it is there
     return np.load(path, allow_pickle=False)

@@ -32,8 +32,9 @@ def base() -> ConfigDict:
     checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`; `frames` is
     one of sampled frames for runs with another tower or encoder (`data_pipelines.frames`; "": none);
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
-    `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
-    all); `skip_bad` leaves out those that cannot be used.
+    `question_tokens` and `answer_tokens` or half of them. `workers` processes decode, a file in at most
+    `decode_seconds`. `sample` is how many rows of a training file are drawn (0: all);
+    `skip_bad` leaves out those that cannot be used.
     `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
     data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `watch`: every `samples` steps a table of `rows` completions, every `evaluate` steps an evaluation of `questions`
@@ -58,6 +59,7 @@ def base() -> ConfigDict:
             "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "", "frames": "",
+            "decode_seconds": 1800.0,
         },
         "model": {
             "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
@@ -263,7 +265,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         before, now = json.loads(path.read_text()), json.loads(text)
         before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
-            for name in ("test", "root", "skip_bad", "workers", "memory", "frames"):
+            for name in ("test", "root", "skip_bad", "workers", "memory", "frames", "decode_seconds"):
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only", "watch"):
                 c.pop(name, None)

@@ -136,7 +136,7 @@ class DualEncoder:
 def tower_sha256(params: dict) -> str:
     """Hash of what makes tower features: the vision tower's parameters without the merger."""
     tower = {name: part for name, part in params["vision"].items() if name != "merger"}
-    return store.tree_sha256(jax.device_get(tower))
+    return store.tree_sha256(sharding.fetch(tower))
 
 
 def patch_encoder(cfg, dtype=jnp.float32) -> Callable:
