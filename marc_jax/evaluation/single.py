@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from data_pipelines import patches, sources, video
-from marc_jax import records, settings
+from marc_jax import records, settings, unusable
 from marc_jax.batches import Sizes, Videos
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import experiment, pictures
@@ -191,7 +191,7 @@ class Answerer:
         """One video of any shape and rate, as training and evaluation on files read it. `clips`: not needed."""
         (name,) = entries
         record = sources.Record(0, question, "video", "free-form", (), "", name)
-        for problem in records.too_long(self.here, [record], self._style).values():
+        for problem in unusable.too_long(self.here, [record], self._style).values():
             raise ConfigError(f"--question: {problem['reason']}")
         asked = records.Records(self.here, [record], entries, query, self._style).asked([0])
         index, sizes, kept = asked.index(), asked.sizes, self.view.kept(asked.sizes.patches, asked.sizes.event)
