@@ -25,6 +25,9 @@ def base() -> ConfigDict:
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
 
+    `data.keep_decoded` keeps the synthetic set's decoded patches beside its files (190 kB a video), so that the processes
+    of several stages decode them once.
+
     Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
     media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
     image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
@@ -32,8 +35,8 @@ def base() -> ConfigDict:
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
-    `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
-    data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
+    `eval.limit` asks only so many of the held-out questions, the first (0: all).
+    `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -50,6 +53,7 @@ def base() -> ConfigDict:
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
+            "keep_decoded": False,
             "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
@@ -245,7 +249,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         before, now = json.loads(path.read_text()), json.loads(text)
         before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
-            for name in ("test", "root", "skip_bad", "workers", "memory"):
+            for name in ("test", "root", "skip_bad", "workers", "memory", "keep_decoded"):
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
                 c.pop(name, None)

@@ -13,6 +13,7 @@ COMPUTED = ("auto", *DTYPES)
 SCALE = ("", "group", "batch", "none")
 WEIGHT = ("", "lost")
 PARITY = ("videor1", "trl", "trl_bias_corrected", "tunix", "verl")
+DIVERGENCE = ("reverse", "forward", "jsd", "sampled")
 WEIGHTS = "a folder with a config.json and safetensors, nor a checkpoint"
 
 
@@ -26,9 +27,13 @@ def optimizer() -> ConfigDict:
 def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
-    `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+    `file`: on files, its question file, where it is not data.train. `events`, `types` and `records` are of the synthetic
+    set: a stage sees `records` questions again and again, the same ones as any other stage of as many and the first of
+    those of a stage of more (0: new ones in each step).
     `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
     `trainable`, and beside them, whole, the parameters that `lora.whole` match.
+
+    Of distill: `divergence` from the teacher, see `rl.step.DistillConfig`.
 
     Of cgrpo: `iterations` updates on the same rollouts; advantages divided as `scale` says ("": as `parity`), times
     1 - eta of their question where `weight` is "lost", with `credit` x (teacher's - student's log-probability) added to
@@ -40,13 +45,13 @@ def stage(kind: str) -> ConfigDict:
     threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
-    trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
+    trained = {"records": 0, "view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
     trained["lora"] = {"rank": 0, "alpha": 32.0, "patterns": ("text/layers/.*/kernel",), "whole": ("",)}
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
     c = ConfigDict(common | {
         "sft": trained | {"questions": 1, "blind": 0.0},
         "retriever": {"visual": "features", "in_batch": 0.0},
-        "distill": trained | judged,
+        "distill": trained | judged | {"divergence": "reverse"},
         "cgrpo": trained | judged | {
             "alpha": 0.3, "tau": 0.6, "beta": 0.02, "parity": "videor1", "teacher_group": 2, "iterations": 1,
             "scale": "", "weight": "", "credit": 0.0, "refill": 0, "skip_dead": False,
@@ -104,12 +109,16 @@ def problems(config, name: str, done: list[str], on_files: bool) -> list[str]:
         wrong += view_settings.trained_problems(name, config.views[c.view], c.visual)
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
+    if c.records < 0 or c.records % c.videos or (c.records and on_files):
+        wrong.append(f"{name}.records = {c.records} must be a multiple of {name}.videos = {c.videos}; 0 on files")
     if c.lora.rank < 0 or c.lora.alpha <= 0:
         wrong.append(f"{name}.lora: rank must not be negative and alpha must be positive")
     if c.kind in ("distill", "cgrpo"):
         known("teacher")
         if c.teacher_view not in config.views:
             wrong.append(f"{name}.teacher_view = {c.teacher_view!r} is not one of config.views")
+        if c.get("divergence", "reverse") not in DIVERGENCE:
+            wrong.append(f"{name}.divergence = {c.divergence!r}: choose one of {', '.join(DIVERGENCE)}")
         if c.temperature <= 0:
             wrong.append(f"{name}.temperature = {c.temperature} must be positive: rollouts are sampled")
     if c.kind == "cgrpo":

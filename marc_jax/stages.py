@@ -69,8 +69,10 @@ def _jit(step_fn: Callable, first: state.TrainState) -> Callable:
 def _drawn(run: Run, name: str, number: int):
     """The videos and questions of step `number`, from 0."""
     stage = run.config[name]
-    per_video = stage.get("questions", 1)
-    return run.sources[stage.file].draw(name, number, stage.videos, per_video, stage.events, stage.types)
+    source, per_video = run.sources[stage.file], stage.get("questions", 1)
+    if stage.get("records", 0):
+        return source.again(name, number, stage.records, stage.videos, per_video, stage.events, stage.types)
+    return source.draw(name, number, stage.videos, per_video, stage.events, stage.types)
 
 
 def samples(run: Run, name: str, number: int) -> dict[str, dict]:
@@ -184,8 +186,9 @@ def distill(run: Run, name: str, stage):
     encode, encode_full = _encode(run, view), _encode(run, full)
     sample = step.make_sampler(run.cfg, encode, how, **run.binding)
     update = step.make_distill_step(
-        run.cfg, encode, encode_full, tx, how, micro_batches=stage.micro_batches, **run.binding
-    )
+        run.cfg, encode, encode_full, tx, how, step.DistillConfig(stage.divergence),
+        micro_batches=stage.micro_batches, **run.binding,
+    )  # fmt: skip
 
     def advance(now, teacher, banks, index, retriever, queries, prompt, full_prompt, ids_b):
         query = embedded(view, retriever, queries)
