@@ -124,7 +124,7 @@ class Prompter:
         return max(int((patches - 1) * shape.rate + 1e-4) + 1, side) - side
 
     def _pad(self, text: str, kept: int, kind: str, hw: tuple[int, int], length: int, whole: bool):
-        """A prompt (or its beginning, up to the last visual token) as a batch of one, and what comes after the video."""
+        """A prompt, or its beginning up to the last visual token, as a batch of one; and where its text goes on."""
         prompt = self._prompt(text, kept, kind, hw)
         cut = _cut(prompt)
         if not whole:

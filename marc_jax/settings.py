@@ -25,8 +25,8 @@ def base() -> ConfigDict:
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
 
-    `data.keep_decoded` keeps the synthetic set's decoded patches beside its files (190 kB a video), so that the processes
-    of several stages decode them once.
+    `data.keep_decoded` keeps the synthetic set's decoded patches beside its files (190 kB a video): the processes of
+    several stages then decode them once.
 
     Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
     media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
@@ -36,7 +36,8 @@ def base() -> ConfigDict:
     `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
     all); `skip_bad` leaves out those that cannot be used.
     `eval.limit` asks only so many of the held-out questions, the first (0: all).
-    `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
+    `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations
+    (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -76,7 +77,7 @@ def arm() -> ConfigDict:
 
 
 def claim() -> ConfigDict:
-    """`arm` (minus the arm `minus`) should be at least / at most so many points; headline accuracy in percent."""
+    """`arm` (minus the arm `minus`) should be at least / at most so many points, if it says so; headline accuracy."""
     return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
 
 

@@ -27,9 +27,9 @@ def optimizer() -> ConfigDict:
 def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
-    `file`: on files, its question file, where it is not data.train. `events`, `types` and `records` are of the synthetic
-    set: a stage sees `records` questions again and again, the same ones as any other stage of as many and the first of
-    those of a stage of more (0: new ones in each step).
+    `file`: on files, its question file, where it is not data.train. Of the synthetic set are `events`, `types` and
+    `records`, the number of questions that a stage sees over and over: the same ones as any other stage of as many, the
+    first of those of a stage of more (0: new ones in each step).
     `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
     `trainable`, and beside them, whole, the parameters that `lora.whole` match.
 
@@ -45,7 +45,8 @@ def stage(kind: str) -> ConfigDict:
     threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
-    trained = {"records": 0, "view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
+    trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
+    trained["records"] = 0
     trained["lora"] = {"rank": 0, "alpha": 32.0, "patterns": ("text/layers/.*/kernel",), "whole": ("",)}
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
     c = ConfigDict(common | {

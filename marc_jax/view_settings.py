@@ -7,13 +7,14 @@ SELECT = ("all", "retrieve", "random", "none", *SELECTORS)
 WATCHERS = ("visionzip", "fastvid", "holitom")
 SCENIC = ("adjacent_merge", "token_learner")
 TOKENS = ("random_tokens", "pooled_tokens", "vidcom2", "evs", "dtd", *WATCHERS, *SCENIC)
+LADDER = (64, 128, 256, 512, 1024)  # of `memory.budget`
 METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", *TOKENS)
 ONE_SIZE = ("pooled", "pooled_tokens", *SCENIC)  # methods for videos of one size alone
 
 
 def view() -> ConfigDict:
     c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
-    c.update(represent="mean", rule=None, adaptive=False, tokens=None)
+    c.update(represent="mean", rule=None, adaptive=False, tokens=None, ladder=LADDER)
     c.update(share=None, shrink=1, apart=1, seed=0, layer=2)
     return c
 
@@ -28,6 +29,8 @@ def problems(name: str, c) -> list[str]:
         wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
     if min(c.k, c.keep, c.shrink, c.apart, c.layer) < 1:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
+    if not c.ladder or any(a >= b for a, b in zip((0, *c.ladder), c.ladder, strict=False)):
+        wrong.append(f"views.{name}.ladder = {c.ladder}: rising numbers of tokens")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
         wrong.append(f"views.{name}: method {c.method!r} needs a share, the part of the video's tokens to read")
     if c.method in ("fastv", "adjacent_merge") and c.select != "all":

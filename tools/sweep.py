@@ -1,7 +1,7 @@
 """A run's stages, arms and seeds as processes side by side, in the order of what they need, on the GPUs that are there.
 
     python -m tools.sweep --config=experiments/regimes.py --workdir=runs/regimes --seeds=0,1,2 --jobs=8
-    python -m tools.sweep --config=experiments/quickstart.py --workdir=runs/many --seeds=0,1,2,3,4 --config.sft.steps=500
+    python -m tools.sweep --config=experiments/quickstart.py --workdir=runs/many --seeds=0,1,2 --config.sft.steps=500
 
 Each stage is `marc_jax.train --config.only=STAGE` in <workdir>/seed_<n>, each group of arms `marc_jax.eval --answers`;
 `--jobs` of them share a device and all of them one cache of compiled programs (<workdir>/programs). Stages begin in the
@@ -17,6 +17,7 @@ Exit code: 0, 1 where a process failed, 3 where --stop_after left something undo
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -28,7 +29,7 @@ from pathlib import Path
 
 from absl import flags
 
-from marc_jax import checkpoint, settings
+from marc_jax import checkpoint, files, settings
 from marc_jax import config as configs
 
 GROUP = 12  # arms that one process answers while stages still train
@@ -113,11 +114,11 @@ class Sweep:
         return ended
 
     def start(self) -> list[Job]:
-        """Starts what can begin where there is room. Stages first, but for a quarter of the places."""
+        """Starts what can begin where there is room: while stages train, arms on a third of the places at most."""
         begun = []
         while device := self._free():
             running = len(self.named("running", True))
-            room = max(len(self.devices) * self.per_device // 4, 1)
+            room = max(len(self.devices) * self.per_device // 3, 1)
             ready = [] if self.stopped else [j for j in self.named("waiting") if self._can_begin(j)]
             training = bool(ready or self.named("running", False))
             job = self._arms(training) if not training or running < room else None
@@ -251,7 +252,8 @@ def progress(sweep: Sweep, seconds: float) -> str:
     done = sum(job.state == "done" for job in stages)
     now = [f"{job.name} {_step(job)}/{job.steps}" if job.steps else job.name for job in sweep.named("running")]
     left = sum(len(asked.left) for asked in sweep.answers)
-    return f"{_clock(seconds)}  {done} of {len(stages)} stages, {left} arms to answer; now {', '.join(now) or 'nothing'}"
+    head = f"{_clock(seconds)}  {done} of {len(stages)} stages, {left} arms to answer"
+    return f"{head}; now {', '.join(now) or 'nothing'}"
 
 
 def _step(job: Job) -> int:
@@ -298,12 +300,14 @@ def main() -> int:
     by_importance = [job for jobs in zip(*stages, strict=True) for job in jobs]
     sweep = Sweep(by_importance, answers, devices(), flags.FLAGS.jobs, workdir / "programs")
     sweep.cache.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         follow(sweep, flags.FLAGS.stop_after)
     except KeyboardInterrupt:
         sweep.end()
         raise
+    remember(sweep, workdir / "sweep.json", time.monotonic() - started)
     if flags.FLAGS.pack:
         from tools import sweep_report
 
@@ -328,6 +332,18 @@ def follow(sweep: Sweep, stop_after: float) -> None:
             print(progress(sweep, now - started), flush=True)
             shown = now
     print(progress(sweep, time.monotonic() - started), flush=True)
+
+
+def remember(sweep: Sweep, path: Path, seconds: float) -> None:
+    """What each stage took, when and by which command; what an earlier call did stays."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    ran = [job for job in sweep.jobs.values() if job.seconds]
+    told = {
+        "command": " ".join(["python -m tools.sweep", *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
+        "seconds": round(before.get("seconds", 0) + seconds, 1),
+        "jobs": before.get("jobs", {}) | {j.name: {"state": j.state, "seconds": round(j.seconds, 1)} for j in ran},
+    }  # fmt: skip
+    files.write_whole(path, json.dumps(told, indent=1) + "\n")
 
 
 def outcome(sweep: Sweep) -> int:

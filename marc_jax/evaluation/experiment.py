@@ -135,7 +135,7 @@ def claims(arms: list[dict], config) -> list[dict]:
             continue
         value = score[c.arm] - (score[c.minus] if c.minus else 0.0)
         met = (c.at_least < 0 or value >= c.at_least) and (c.at_most < 0 or value <= c.at_most)
-        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}"
+        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}" if c.at_most >= 0 else ""
         out.append({"text": c.text, "target": target, "measured": round(value, 1), "met": bool(met)})
     return out
 

@@ -133,8 +133,8 @@ def queries(run: Run, test: TestSet, rows):
 
 
 def make_answerer(run: Run, view: views.View, sizes: Sizes):
-    """(params, retriever, key, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view, int [B]
-    visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
+    """(params, retriever, key, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view,
+    int [B] visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
     """
     how = run.decoding(0.0)
 
