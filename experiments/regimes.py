@@ -4,8 +4,9 @@
         --also=experiments/baselines.py:regimes --pack=regimes.npz
     python -m tools.sweep_report regimes.npz --config=experiments/regimes.py --out=OUT
 
-The synthetic set and the model of experiments/synthetic.py. Each seed has its own 4,000 training videos, 1,400 held-out
-videos with three questions each, and weights of its own throughout. Stages stand in the order of what they tell, so a
+The synthetic set of experiments/synthetic.py and its model with fewer layers: steps of so small a model take as long as
+they have kernels. Each seed has its own 4,000 training videos, 1,400 held-out videos with three questions each, and
+weights of its own throughout. Stages stand in the order of what they tell, so a
 sweep that is cut short still has the main rows.
 
 Students see 40,960 questions, drawn once (`records`), or fewer where it says so; each arm one patch merged from three
@@ -21,13 +22,15 @@ ALL = 40960  # questions of a student that has as many as it wants
 TRAINED = SINGLE + PAIRS[:-1] + PAIRS[:-1]
 PIXELS = {"init": "teacher", "videos": 128, "visual": "pixels", "trainable": (".*",), "types": TRAINED, "records": ALL}
 
-SFT_STEPS, GRPO_STEPS, DISTILL_STEPS = 3000, 300, 1000
+SFT_STEPS, GRPO_STEPS, DISTILL_STEPS = 3000, 250, 2000
+SHORT = 600  # steps of early SFT, and of what distillation is compared in: budgets, retrieval, divergence
 
 
 def get_config(size=""):
     """`size`: "rehearsal" is a few stages of two steps on a dozen videos: does everything run, in minutes on a CPU."""
     given = synthetic.get_config()
     c = ConfigDict({key: given[key] for key in ("model", "clips", "teacher", "retriever")})
+    c.model.vision.depth, c.model.text.num_layers = 2, 4
     c.title = "Training regimes on the synthetic set"
     c.save_every = 100_000
     c.data = {"train_videos": 4000, "test_videos": 1400, "questions_per_video": 3, "types": PAIRS, "workers": 10}
@@ -44,7 +47,10 @@ def get_config(size=""):
 
 
 def rehearse(c) -> None:
-    c.stages = ("clips", "teacher", "retriever", "sft_early", "distill", "cgrpo_early", "sft_on")
+    for name in c.stages:
+        if name not in ("clips", "teacher", "retriever", "sft_early", "distill", "cgrpo_early", "sft_on"):
+            del c[name]
+    c.stages = tuple(name for name in c.stages if name in c)
     c.data.update(train_videos=16, test_videos=4, workers=0)
     c.model = {"vision": {"depth": 1, "hidden_size": 32}, "text": {"hidden_size": 32, "num_layers": 3}}
     for name in c.stages:
@@ -90,41 +96,42 @@ def students(c) -> tuple[str, ...]:
     def sft(name: str, steps: int = SFT_STEPS, **more) -> None:
         stage(name, "sft", steps, 7e-4, **more)
 
-    def distill(name: str, view: str = "marc", steps: int = DISTILL_STEPS, **more) -> None:
+    def distill(name: str, view: str = "marc", steps: int = SHORT, **more) -> None:
         stage(name, "distill", steps, 7e-4, view, **{"group": 4, "divergence": "forward", **more})
 
     def cgrpo(name: str, init: str, **more) -> None:
         stage(name, "cgrpo", GRPO_STEPS, 3e-4, **{"init": init, "group": 8, "beta": 0.02, **more})
 
-    sft("sft_early", 600)
-    distill("distill")
+    with_order = {"types": TRAINED + ("order",)}  # where more than one patch is read
+    sft("sft_early", SHORT)
+    distill("distill", steps=DISTILL_STEPS)
     sft("sft")
     cgrpo("cgrpo_early", "sft_early")
-    sft("sft_on_steps", GRPO_STEPS, init="sft_early")  # as many steps as C-GRPO; and about its time on a GPU:
-    sft("sft_on", 5 * GRPO_STEPS, init="sft_early")
+    sft("sft_on", 5 * GRPO_STEPS, init="sft_early")  # about C-GRPO's time on a GPU; and as many steps as it:
+    sft("sft_on_steps", GRPO_STEPS, init="sft_early")
     cgrpo("cgrpo", "teacher")
     cgrpo("cgrpo_alpha0", "sft_early", alpha=0.0)
-    distill("distill_whole", "whole")
     sft("sft_whole", view="whole")
-    distill("distill_reverse", divergence="reverse")
+    distill("distill_short")
+    distill("distill_whole", "whole")
+    distill("distill_events", "per_event", **with_order)
     cgrpo("distill_reward", "teacher", credit=1.0)
-    sft("sft_1k", 1500, records=1024)
-    sft("sft_4k", 1500, records=4096)
-    distill("distill_events", "per_event", 300, types=TRAINED + ("order",))
-    distill("distill_2", "marc_2", types=TRAINED + ("order",))
-    distill("distill_3", "marc_3", types=TRAINED + ("order",))
+    sft("sft_1k", 1200, records=1024)
+    sft("sft_4k", 1200, records=4096)
+    distill("distill_2", "marc_2", **with_order)
+    distill("distill_3", "marc_3", **with_order)
     distill("distill_weighted", "weighted")
-    distill("distill_pooled", "pooled", types=TRAINED + ("order",))
+    distill("distill_pooled", "pooled", **with_order)
+    distill("distill_reverse", divergence="reverse")
     cgrpo("cgrpo_none", "sft_early", scale="none")
     cgrpo("cgrpo_none_alpha0", "sft_early", scale="none", alpha=0.0)
-    cgrpo("cgrpo_batch", "sft_early", scale="batch")
     cgrpo("cgrpo_lost", "sft_early", weight="lost")
     cgrpo("cgrpo_credit", "sft_early", credit=0.1)
+    cgrpo("cgrpo_batch", "sft_early", scale="batch")
     cgrpo("cgrpo_tau4", "sft_early", tau=0.4)
     cgrpo("cgrpo_tau8", "sft_early", tau=0.8)
     cgrpo("cgrpo_late", "sft")
     distill("distill_late", init="sft_early")
-    distill("distill_on", init="distill", steps=2 * DISTILL_STEPS)
     return tuple(names)
 
 
@@ -148,7 +155,7 @@ UNTRAINED = (
     ("adaptive", "adaptive", "retrieval + as many patches as the events deserve"),
 )
 LABELS = {
-    "sft_early": "SFT, early: 600 steps",
+    "sft_early": f"SFT, early: {SHORT} steps",
     "sft": f"SFT, all labels, {SFT_STEPS:,} steps",
     "sft_1k": "SFT on 1,024 labels",
     "sft_4k": "SFT on 4,096 labels",
@@ -157,26 +164,26 @@ LABELS = {
     "sft_whole": "SFT, whole video merged to one patch",
     "cgrpo": "C-GRPO from the teacher's weights",
     "cgrpo_early": "C-GRPO from early SFT (alpha 0.3, tau 0.6)",
-    "cgrpo_alpha0": "the same, alpha 0",
-    "cgrpo_none": "the same, no division by the std",
-    "cgrpo_none_alpha0": "the same, no division by the std, alpha 0",
-    "cgrpo_batch": "the same, one scale for the batch",
-    "cgrpo_lost": "the same, questions weighted by 1 - eta",
-    "cgrpo_credit": "the same, 0.1 x the teacher's credit per token",
-    "cgrpo_tau4": "the same, tau 0.4",
-    "cgrpo_tau8": "the same, tau 0.8",
+    "cgrpo_alpha0": "C-GRPO from early SFT, alpha 0",
+    "cgrpo_none": "C-GRPO from early SFT, no division by the std",
+    "cgrpo_none_alpha0": "C-GRPO from early SFT, no division by the std, alpha 0",
+    "cgrpo_batch": "C-GRPO from early SFT, one scale for the batch",
+    "cgrpo_lost": "C-GRPO from early SFT, questions weighted by 1 - eta",
+    "cgrpo_credit": "C-GRPO from early SFT, 0.1 x the teacher's credit per token",
+    "cgrpo_tau4": "C-GRPO from early SFT, tau 0.4",
+    "cgrpo_tau8": "C-GRPO from early SFT, tau 0.8",
     "cgrpo_late": "C-GRPO from converged SFT",
-    "distill": "on-policy distillation, no labels",
-    "distill_reverse": "on-policy distillation, no labels, reverse KL",
-    "distill_on": f"on-policy distillation, no labels, {2 * DISTILL_STEPS:,} steps more",
-    "distill_late": "on-policy distillation from early SFT",
+    "distill": f"on-policy distillation, no labels, forward KL, {DISTILL_STEPS:,} steps",
+    "distill_short": f"on-policy distillation, no labels, forward KL, {SHORT} steps",
+    "distill_reverse": f"distillation, {SHORT} steps, reverse KL",
+    "distill_weighted": f"distillation, {SHORT} steps, patches merged by size",
+    "distill_late": f"distillation, {SHORT} steps, from early SFT",
+    "distill_whole": f"distillation, {SHORT} steps, whole video merged to one patch",
+    "distill_pooled": f"distillation, {SHORT} steps, 4 uniform frames, each pooled to one token",
+    "distill_2": f"distillation, {SHORT} steps, two patches",
+    "distill_3": f"distillation, {SHORT} steps, three patches",
+    "distill_events": f"distillation, {SHORT} steps, one patch for each of three retrieved events",
     "distill_reward": "C-GRPO + the teacher's credit per token, from the teacher's weights",
-    "distill_whole": "on-policy distillation, whole video merged to one patch",
-    "distill_weighted": "on-policy distillation, patches weighted by size",
-    "distill_2": "on-policy distillation, two patches",
-    "distill_3": "on-policy distillation, three patches",
-    "distill_events": "on-policy distillation, one patch for each of three retrieved events",
-    "distill_pooled": "on-policy distillation, 4 uniform frames, each pooled to one token",
 }
 SAME = (  # a student that looks another way
     ("distill_events_k2", "distill_events", "per_event_k2", "the per-event student, two events"),
@@ -202,13 +209,14 @@ def arms(c):
 DIFFERENCES = (
     ("distill", "untrained", "distillation without labels against the untrained student"),
     ("distill", "sft", "distillation without labels against SFT on all labels"),
-    ("distill", "distill_reverse", "forward against reverse KL"),
-    ("distill", "distill_weighted", "pairwise mean against mean weighted by size, distilled"),
+    ("distill_short", "sft_early", "the same in as many steps as early SFT"),
+    ("distill_short", "distill_reverse", "forward against reverse KL"),
+    ("distill_short", "distill_weighted", "pairwise mean against mean weighted by size, distilled"),
     ("untrained", "untrained_weighted", "the same, untrained"),
     ("whole", "whole_weighted", "the same on the whole video, untrained"),
-    ("distill", "distill_whole", "retrieval against the whole video, distilled"),
+    ("distill_short", "distill_whole", "retrieval against the whole video, distilled"),
     ("sft", "sft_whole", "retrieval against the whole video, SFT"),
-    ("distill", "distill_pooled", "one patch against 4 uniform pooled frames, distilled"),
+    ("distill_short", "distill_pooled", "one patch against 4 uniform pooled frames, distilled"),
     ("untrained", "pooled", "the same, untrained"),
     ("cgrpo_early", "sft_early", "C-GRPO against early SFT, its start"),
     ("cgrpo_early", "sft_on_steps", "C-GRPO against SFT continued for as many steps"),
@@ -224,10 +232,10 @@ DIFFERENCES = (
     ("cgrpo_tau4", "cgrpo_early", "tau 0.4 against 0.6"),
     ("cgrpo_tau8", "cgrpo_early", "tau 0.8 against 0.6"),
     ("distill_reward", "cgrpo", "the teacher's credit per token added to C-GRPO, from the teacher's weights"),
-    ("distill", "distill_reward", "distillation against C-GRPO with the teacher's credit"),
-    ("distill_2", "distill", "two patches against one, distilled"),
+    ("distill_short", "distill_reward", "distillation against C-GRPO with the teacher's credit"),
+    ("distill_2", "distill_short", "two patches against one, distilled"),
     ("distill_3", "distill_2", "three patches against two, distilled"),
-    ("distill_events", "distill_3", "one patch per event against three patches, distilled (300 against 1,000 steps)"),
+    ("distill_events", "distill_3", "one patch per event against three patches, distilled"),
     ("per_event", "untrained_3", "one patch per event against three patches, untrained"),
     ("distill_events_mass", "distill_events", "adaptive number of events against three"),
     ("distill_events_mass", "distill_events_k2", "adaptive number of events against two"),

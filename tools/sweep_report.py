@@ -136,20 +136,20 @@ def tokens(packed: Packed, arm: str) -> float:
 
 
 def arm_table(packed: Packed, config) -> list[str]:
-    """All arms by group, the best first: tokens, accuracy, the share of the teacher's, what is left apart."""
+    """All arms in the order of the config: tokens, accuracy, the share of the teacher's, what is left apart."""
     apart, teacher = tuple(config.eval.apart), config.eval.teacher
     first = accuracy(packed, teacher, without=apart)
     lines = ["| who answers, looking how | visual tokens | accuracy, % | each seed | % of the teacher | "
              f"{', '.join(apart)}, % |", "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
-    rows = []
     for arm in config.eval.arms:
         if (found := accuracy(packed, arm, without=apart)) is None:
             continue
         other = accuracy(packed, arm, types=apart)
         kept = f"{100 * found['mean'] / first['mean']:.1f}" if first else ""
         cells = [config.eval.arms[arm].label or arm, f"{tokens(packed, arm):.1f}", _interval(found), _each(found), kept]
-        rows.append((arm != teacher, -found["mean"], [*cells, f"{other['mean']:.0f}" if other else ""]))
-    return lines + [f"| {' | '.join(cells)} |" for *_, cells in sorted(rows, key=lambda row: row[:2])]
+        cells.append(f"{other['mean']:.0f}" if other else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def claim_table(packed: Packed, config) -> list[str]:
@@ -186,10 +186,11 @@ def text(packed: Packed, config, name: str) -> str:
     about = packed.told(f"{packed.runs[0]}/{packed.folder}/about") or packed.told(f"{packed.runs[0]}/eval/about")
     every = accuracy(packed, config.eval.teacher)
     sweep, count = packed.told("sweep"), len(packed.runs)
+    seeds = f"{count} seed{'s'[: count != 1]}, each with weights and videos of its own"
     lines = [
-        f"{every['n']:,} held-out questions in all, {count} seed{'s'[: count != 1]}, each with videos and weights of its"
-        f" own; {about.get('hardware', 'hardware unknown')}; {sweep.get('date', 'date unknown')}; "
-        f"{sweep.get('seconds', 0) / 60:.1f} minutes. Intervals: 95 %, videos resampled within the seeds.", "",
+        f"{every['n']:,} held-out questions in all, {seeds}; {about.get('hardware', 'hardware unknown')}; "
+        f"{sweep.get('date', 'date unknown')}; {sweep.get('seconds', 0) / 60:.1f} minutes. Intervals: 95 %, videos "
+        "resampled within the seeds.", "",
     ]  # fmt: skip
     if sweep.get("command"):
         lines += [f"    {sweep['command']}", ""]
