@@ -32,6 +32,7 @@ from marc_jax.memory.table import EventTable
 
 SETTINGS = "made_with.json"  # what index was told; what ask takes where it is told nothing
 FLUSH_SECONDS = 30.0
+KEEP_BYTES = 1 << 30  # of the videos asked about last: their next question reads no disk
 ENCODER = "--encoder=FOLDER (PE-Core or SigLIP 2)"
 
 
@@ -271,7 +272,7 @@ class Archive:
 
     @functools.cached_property
     def reader(self) -> store.MemoryReader:
-        return store.MemoryReader(self.folder, self.indexer.fingerprint)
+        return store.MemoryReader(self.folder, self.indexer.fingerprint, KEEP_BYTES)
 
     def _contents(self) -> None:
         """Sees what was added since the last question. ConfigError where there is nothing."""

@@ -27,6 +27,7 @@ flags.DEFINE_string("against", "", "On a benchmark: --out of another evaluation,
 flags.DEFINE_list("arms", [], "Only these arms of config.eval.arms.")
 flags.DEFINE_bool("answers", False, "Only answers of arms that have none in --out yet, no report: processes can share.")
 flags.DEFINE_bool("skip_bad", False, "On a benchmark: leave out rows and videos that cannot be used, and count them.")
+flags.DEFINE_bool("dry_run", False, "On a benchmark: say what would be answered, of which files; do nothing.")
 
 
 def main() -> None:
@@ -63,6 +64,12 @@ def on_benchmark(config) -> None:
     from marc_jax.evaluation import grounding, harness
 
     config.data.skip_bad |= flags.FLAGS.skip_bad
+    if flags.FLAGS.dry_run:
+        from marc_jax import plan
+
+        config.init_from = flags.FLAGS.checkpoint
+        print(plan.benchmark(config, harness.chosen(config, flags.FLAGS.arms)))
+        return
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval" / config.eval.benchmark)
     if config.eval.benchmark == "qvhighlights":
         for name, value in grounding.evaluate(config, flags.FLAGS.checkpoint, out)["metrics"].items():

@@ -201,16 +201,19 @@ def over_memory(
     run: Run, file: str, records: Sequence[sources.Record], style: str, errors: Sequence[sources.RecordError] = ()
 ) -> Records:
     """`open_records` of records that have been read: told apart by their row; `errors` are those of other rows."""
-    bad = {e.row: {"row": e.row, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors}
-    total = len(records) + len(errors)
-    bad |= {r.row: problem for r in records if (problem := too_long(run, r, style))}
+    told = [{"row": e.row, "line": e.line, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors]
+    bad, total = {line["row"]: line for line in told}, len(records) + len(errors)
+    bad |= too_long(run, records, style)
+    bad |= {r.row: _bad(r, reason) for r in records if r.row not in bad and (reason := _absent(run, r))}
+    if not run.config.data.skip_bad:
+        _exclude(run, file, bad, total)  # before hours of decoding
     encoder, pool = chosen_encoder(run)
     worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
-    bad |= {r.row: broken[media_key(r)] | {"row": r.row} for r in records if media_key(r) in broken}
+    bad |= {r.row: _bad(r, broken[media_key(r)]) for r in records if media_key(r) in broken}
     good = [record for record in records if record.row not in bad]
-    _exclude(run, file, sorted(bad.values(), key=lambda line: line["row"]), total)
+    _exclude(run, file, bad, total)
     query_nd = None if encoder is None else _embedded(memory, worker, encoder, [record.problem for record in good])
     left_out = [row_of(record) for record in records if record.row in bad]
     blank = {"question_type": "bad row", "problem_type": "", "solution": "", "path": ""}
@@ -227,17 +230,38 @@ def _sampled(run: Run, records, errors):
     return [r for r in records if r.row in kept], [e for e in errors if e.row in kept]
 
 
-def too_long(run: Run, record: sources.Record, style: str) -> dict | None:
-    """{row, path, reason} of a record with more tokens than a batch takes."""
-    text = sources.question_text(record.problem, record.problem_type, record.options, style)
-    counts = {"question": run.prompter.words(text, Shape("video", (1, 1), 0.0))[1]}
+def too_long(run: Run, records: Sequence[sources.Record], style: str) -> dict[int, dict]:
+    """{row: `_bad`} of records with more tokens than a batch takes."""
+    around, bad = run.prompter.words("", Shape("video", (1, 1), 0.0))[1], {}
+    asked = [sources.question_text(r.problem, r.problem_type, r.options, style) for r in records]
+    frames = {kind: sources.question_text("", kind, (), style) for kind in {r.problem_type for r in records}}
+    spared = {kind: max(len(text) - len(run.tokenizer.encode(text)) - 8, 0) for kind, text in frames.items()}
+    texts = {"question": (asked, [spared[r.problem_type] for r in records], around)}
     if style == "train":
-        counts["answer"] = run.prompter.spoken(record.target)
-    for name, count in counts.items():
+        texts["answer"] = [r.target for r in records], [0] * len(records), 1  # its stop token
+    for name, (said, less, more) in texts.items():
         most = getattr(run.sizes, name)
-        if count > most:
-            reason = f"{name} of {count} tokens, config.data.{name}_tokens = {most}"
-            return {"row": record.row, "path": record.path, "reason": reason}
+        # No token is shorter than a byte, so short texts need no counting (NFC can lengthen what is not ASCII).
+        unsure = [i for i, text in enumerate(said) if not text.isascii() or len(text) - less[i] + more > most]
+        for i, count in zip(unsure, run.tokenizer.counts(said[i] for i in unsure), strict=True):
+            if count + more > most and records[i].row not in bad:
+                reason = f"{name} of {count + more} tokens, config.data.{name}_tokens = {most}"
+                bad[records[i].row] = _bad(records[i], reason)
+    return bad
+
+
+def _bad(record: sources.Record, reason: str) -> dict:
+    """A line of the list of rows that cannot be used."""
+    return {"row": record.row, "line": record.line, "path": record.path, "reason": reason}
+
+
+def _absent(run: Run, record: sources.Record) -> str | None:
+    """Why a record's medium is no file under the data root; a folder of pictures is looked at when it is read."""
+    try:
+        if record.data_type != "frame":
+            sources.media_path(run.config.data.root, record.path)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -259,8 +283,8 @@ def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option:
     )  # fmt: skip
 
 
-def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, dict]]:
-    """The memory of the records' media, and {key: {path, reason}} of those that cannot be read.
+def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, str]]:
+    """The memory of the records' media, and {key: reason} of those that cannot be read.
 
     A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
     """
@@ -275,7 +299,7 @@ def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryRe
         todo = [record for record in media if not _current(memory, root, record)]
         for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
             if bad is not None:
-                broken[media_key(record)] = bad | {"path": record.path}
+                broken[media_key(record)] = bad["reason"]
             else:
                 entry, stamp = worker.encode(decoded), _stamp(root, record.path)
                 writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
@@ -314,16 +338,19 @@ def _current(memory: store.MemoryReader, root: str, record: sources.Record) -> b
     return key in memory and stamp.items() <= memory.head(key).extra.items()
 
 
-def _exclude(run: Run, file: str, bad: list[dict], total: int) -> None:
+def _exclude(run: Run, file: str, bad: dict[int, dict], total: int) -> None:
     """Lists rows that cannot be used; goes on without them only where the user said so."""
     if not bad:
         return
-    path = run.workdir / f"{Path(file).stem}.bad.jsonl"
-    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in bad))
-    first = f"row {bad[0]['row']}: {bad[0]['path']}: {bad[0]['reason']}".replace(": : ", ": ")
+    path, listed = run.workdir / f"{Path(file).stem}.bad.jsonl", [bad[row] for row in sorted(bad)]
+    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
+    first = listed[0]
+    where = f"line {first['line']}" if first["line"] else f"row {first['row']}"
+    first = f"{where}: {first['path']}: {first['reason']}".replace(": : ", ": ")
     line = f"{file}: {len(bad)} of {total} rows cannot be used (all in {path}); first: {first}"
     if not run.config.data.skip_bad:
-        raise ConfigError(f"{line}; --config.data.skip_bad=True trains without them")
+        option = "--skip_bad leaves" if run.config.eval.benchmark else "--config.data.skip_bad=True leaves"
+        raise ConfigError(f"{line}; {option} them out")
     if len(bad) == total:
         raise ConfigError(line)
     print(f"warning: {line}; going on with {total - len(bad)} of {total}", file=sys.stderr)

@@ -294,7 +294,8 @@ def prepare(config, workdir: Path) -> Run:
     """
     check_sources(config)
     if settings.on_files(config):
-        _check_given(config)
+        if missing := [f"config.{key}, {what}" for key, what in to_be_given(config)]:
+            raise ConfigError(f"training on files needs {'; '.join(missing)}")
         words = pretrained.tokenizer(config.init_from).to_json()
     else:
         folder = synthetic.data_folder(config, workdir)
@@ -307,15 +308,14 @@ def prepare(config, workdir: Path) -> Run:
     return run
 
 
-def _check_given(config) -> None:
-    """What training on files needs and no preset can know."""
+def to_be_given(config) -> list[tuple[str, str]]:
+    """(key, what it is) of what training on files needs, no preset can know, and is not there."""
     needs = {"init_from": "a folder of published weights", "data.train": "a question file (Video-R1's JSON)"}
     used = [config[name].view for name in config.stages] + [config.eval.arms[name].view for name in config.eval.arms]
     if any(config.views[name].select == "retrieve" for name in used):
         needs["encoder.path"] = "a folder of PE-Core or SigLIP 2 weights, for the views that retrieve"
     given = configs.flat(config)
-    if missing := [f"config.{key}, {what}" for key, what in needs.items() if not given[key]]:
-        raise ConfigError(f"training on files needs {'; '.join(missing)}")
+    return [(key, what) for key, what in needs.items() if not given[key]]
 
 
 def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = None) -> Run:

@@ -20,6 +20,7 @@ configs.define_flags(workdir="runs/run")
 flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 of a run of several, or auto where the cluster says it.")
 flags.DEFINE_integer("processes", 0, "How many processes the run has.")
 flags.DEFINE_integer("process", -1, "Which of them this one is, from 0.")
+flags.DEFINE_bool("dry_run", False, "Say what would be done, of which files, in how much memory; do nothing.")
 
 
 def main() -> None:
@@ -27,6 +28,11 @@ def main() -> None:
     if not flags.FLAGS.config:
         raise configs.ConfigError("--config=FILE.py is required, e.g. --config=experiments/quickstart.py")
     config = settings.experiment(flags.FLAGS.config)
+    if flags.FLAGS.dry_run:
+        from marc_jax import plan
+
+        print(plan.training(config))
+        return
     workdir = Path(flags.FLAGS.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
 

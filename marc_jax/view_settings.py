@@ -31,6 +31,8 @@ def problems(name: str, c) -> list[str]:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
     if not c.ladder or any(a >= b for a, b in zip((0, *c.ladder), c.ladder, strict=False)):
         wrong.append(f"views.{name}.ladder = {c.ladder}: rising numbers of tokens")
+    if c.adaptive and c.method != "merge":
+        wrong.append(f"views.{name}.adaptive shares the budget of a merge: method must be 'merge', not {c.method!r}")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
         wrong.append(f"views.{name}: method {c.method!r} needs a share, the part of the video's tokens to read")
     if c.method in ("fastv", "adjacent_merge") and c.select != "all":
@@ -48,9 +50,8 @@ def problems(name: str, c) -> list[str]:
 def file_problems(name: str, c) -> list[str]:
     """Files have frames of many sizes, and the memory holds features of them and embeddings of their events."""
     wrong = []
-    if c.method in ONE_SIZE or c.adaptive:
-        needs = "adaptive" if c.adaptive else c.method
-        wrong.append(f"views.{name}: {needs!r} needs videos of one size, and files have many")
+    if c.method in ONE_SIZE:
+        wrong.append(f"views.{name}: {c.method!r} needs videos of one size, and files have many")
     if c.method in WATCHERS or c.shrink > 1:
         needs = f"shrink = {c.shrink}" if c.shrink > 1 else repr(c.method)
         wrong.append(f"views.{name}: {needs} needs the pixels, and a run on files reads stored features")

@@ -17,6 +17,7 @@ from marc_jax import archive, checkpoint, optim, run, settings, synthetic
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import embed, store
+from marc_jax.memory.entry import ARRAYS
 from marc_jax.models import qwen25_vl, transnetv2
 
 QUESTION = "how many in blue stripes ?"
@@ -127,7 +128,7 @@ def test_tokens_read_back_are_those_computed_fresh(place, memory):
     fresh = Archive(None, place / "run").indexer
     for name in videos(place):
         entry, again = Archive(memory).reader[name], fresh.file(name)
-        for field in store.ARRAYS:
+        for field in ARRAYS:
             a, b = getattr(entry, field), getattr(again, field)
             assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes(), field
 
@@ -204,7 +205,7 @@ def test_a_decoder_that_hangs_or_dies_costs_only_its_file(place, memory, faulty,
         Archive(None, place / "run", decode_seconds=3).ask(QUESTION, list(bad)[1])
     for name in done.new:  # what the children decode is what this process does
         kept, here = told.reader[name], Archive(memory).indexer.file(name)
-        assert all(getattr(kept, f).tobytes() == getattr(here, f).tobytes() for f in store.ARRAYS)
+        assert all(getattr(kept, f).tobytes() == getattr(here, f).tobytes() for f in ARRAYS)
     stopped = Archive(tmp_path / "other", place / "run").index(files, stop=lambda: True)
     assert stopped.stopped  # without waiting the half hour that a file may take
 

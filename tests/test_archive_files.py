@@ -8,6 +8,7 @@ import pytest
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
 from marc_jax.memory import store
+from marc_jax.memory.entry import ARRAYS
 from marc_jax.models import qwen25_vl
 from marc_jax.models.safetensors_io import WeightsError
 from marc_jax.tokenizer import TokenizerError
@@ -53,7 +54,7 @@ def test_one_video_says_the_same_from_its_file_and_from_a_memory(place, told):
     fresh, warm = cold.ask(QUESTION, name), told.ask(QUESTION, name)
     assert warm.text == fresh.text and (warm.tokens, warm.all_tokens) == (fresh.tokens, fresh.all_tokens)
     assert [(e.number, e.score) for e in warm.events] == [(e.number, e.score) for e in fresh.events]
-    for field in store.ARRAYS:
+    for field in ARRAYS:
         a, b = (getattr(answer.entries[name], field) for answer in (warm, fresh))
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes(), field
     assert 0 < warm.tokens < warm.all_tokens and len(warm.events) == 3 and "decode" not in warm.seconds

@@ -14,6 +14,7 @@ from data_pipelines.synthetic import build
 from marc_jax import index_with_beam, settings, synthetic
 from marc_jax.archive import Archive
 from marc_jax.memory import store
+from marc_jax.memory.entry import ARRAYS
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def test_several_workers_write_what_one_does(place, repo):
     there = Archive(memory)
     for name in alone.reader:
         mine, theirs = alone.reader[name], there.reader[name]
-        for field in store.ARRAYS:
+        for field in ARRAYS:
             assert getattr(mine, field).tobytes() == getattr(theirs, field).tobytes(), field
     assert there.ask("how many in blue stripes ?").tokens == 4
 

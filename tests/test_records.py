@@ -229,15 +229,17 @@ def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(traine
         {"problem": "why " * 300},
     )  # fmt: skip
     bad = [good[1] | change for change in changes]
-    with pytest.raises(ConfigError, match="5 of 10 rows cannot be used .* row 5: ./absent.mp4: .*does not exist") as e:
-        opened(trained, place, good + bad)
+    with pytest.raises(ConfigError, match="4 of 10 rows cannot be used .* line 1: ./absent.mp4: .*does not exist") as e:
+        opened(trained, place, good + bad)  # before anything is decoded
     assert "--config.data.skip_bad=True" in str(e.value) and "\n" not in str(e.value)
-    listed = lines(place / "here" / "these.bad.jsonl")
-    assert [line["row"] for line in listed] == [5, 6, 7, 8, 9]
-    assert "leads out of the data root" in listed[1]["reason"] and "solution: is 3, not a text" in listed[3]["reason"]
-    assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
+    with pytest.raises(ConfigError, match="1 of 6 rows cannot be used .* line 1: ./broken.mp4: "):
+        opened(trained, place, [*good, bad[2]])
     _, source = opened(trained, place, good + bad, skip_bad=True)
     assert len(source.records) == 5 and len(source.unreadable) == 5
+    listed = lines(place / "here" / "these.bad.jsonl")
+    assert [(line["row"], line["line"]) for line in listed] == [(row, 1) for row in (5, 6, 7, 8, 9)]
+    assert "leads out of the data root" in listed[1]["reason"] and "solution: is 3, not a text" in listed[3]["reason"]
+    assert "tokens, config.data.question_tokens = 256" in listed[4]["reason"]
     _, some = opened(trained, place, good * 4, sample=7)
     _, same = opened(trained, place, good * 4, sample=7)
     assert [r["problem_id"] for r in some.records] == [r["problem_id"] for r in same.records]
@@ -275,7 +277,7 @@ def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
         ("data.buckets=(1, 3)", "data.buckets = .* must end with data.max_frames / 2 = 4"),
         ("sft.visual=pixels", "sft: training on files takes visual = 'features'"),
         ("views.whole.method=pooled", "views.whole: 'pooled' needs videos of one size"),
-        ("views.whole.adaptive=True", "views.whole: 'adaptive' needs videos of one size"),
+        ("views.full.adaptive=True", "views.full.adaptive shares the budget of a merge: method must be 'merge'"),
         ("views.evs.method=token_learner", "views.evs: 'token_learner' needs videos of one size"),
         ("views.evs.method=visionzip", "views.evs: 'visionzip' needs the pixels, and a run on files reads stored"),
         ("views.uniform.shrink=2", "views.uniform: shrink = 2 needs the pixels"),

@@ -166,3 +166,8 @@ def test_a_missing_token_and_a_missing_path(words, tmp_path):
         words.id("<|nothing|>")
     with pytest.raises(TokenizerError, match="no such file"):
         Tokenizer.load(tmp_path / "absent.json")
+
+
+def test_counts_are_those_of_encode(words):
+    texts = ["", "which shape ?", "ｆｕｌｌ width é", "line\nbreak<|im_end|>"]
+    assert words.counts(texts) == [len(words.encode(text)) for text in texts] == [0, 3, 3, 3]

@@ -26,7 +26,7 @@ from data_pipelines.benchmarks.read import BadRows, Questions, read
 from marc_jax import files, locks, pretrained, records
 from marc_jax import run as runs
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import benchmarks, experiment, report, run, submissions
+from marc_jax.evaluation import benchmarks, compare, equal_tokens, experiment, report, run, submissions
 from marc_jax.rl.teacher import weights_hash
 
 STYLE = "eval"  # Video-R1's wording of questions at evaluation
@@ -47,7 +47,7 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
     begun = time.monotonic()
     config = config.copy_and_resolve_references()
     config.init_from = checkpoint
-    arms = _chosen(config, arms)
+    arms = chosen(config, arms)
     others = _others(against, config.eval.benchmark) if against else {}
     questions = numbered(read_questions(config, out), config.eval.limit)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,8 @@ def evaluate(config, checkpoint: str, out: Path, arms: Sequence[str] = (), again
     return results
 
 
-def _chosen(config, arms: Sequence[str]) -> list[str]:
+def chosen(config, arms: Sequence[str]) -> list[str]:
+    """The arms of config.eval.arms that are named, or all. Raises ConfigError: no such arm, an encoder is missing."""
     known = list(config.eval.arms)
     if unknown := [arm for arm in arms if arm not in known]:
         raise ConfigError(f"--arms: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -196,15 +197,13 @@ def _resumed(path: Path, made_with: dict) -> dict:
 
 def _others(against: str, benchmark: str) -> dict[str, list[dict]]:
     """The predictions of another evaluation, by "against <arm>"."""
-    folder = Path(against)
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        found = {f"against {arm}": report.read_jsonl(folder / path) for arm, path in results["predictions"].items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--against={against}: no finished evaluation there ({error})") from None
-    if results.get("benchmark") != benchmark:
-        raise ConfigError(f"--against={against}: of {results.get('benchmark')}, not of {benchmark}")
-    return found
+        results, found = compare.finished(against)
+    except ConfigError as error:
+        raise ConfigError(f"--against={error}") from None
+    if results["benchmark"] != benchmark:
+        raise ConfigError(f"--against={against}: of {results['benchmark']}, not of {benchmark}")
+    return {f"against {arm}": rows for arm, rows in found.items()}
 
 
 def _submit(benchmark: str, questions: Questions, said: Mapping, out: Path) -> None:
@@ -232,12 +231,13 @@ def assemble(config, questions: Questions, said: Mapping, timings: dict, others:
         arm: benchmarks.compare(name, rows[lead][main], rows[lead][arm], lead, seed=config.seed)
         for arm in (*said, *others) if arm != main
     }  # fmt: skip
+    equal = equal_tokens.tables(name, rows[lead], config.eval.arms, config.views, lead, config.seed)
     return {
         "title": f"{benchmarks.BENCHMARKS[name].title}: {config.title}",
         "benchmark": name,
         "arms": arms + benchmarks.paper_arms(name),
         "comparisons": [{"a": main, "b": arm, **found} for arm, found in pairs.items() if found],
-        "tables": [_rule_table(scores, arms), *_duration_table(arms), _cost_table(arms, said)],
+        "tables": [*equal, _rule_table(scores, arms), *_duration_table(arms), _cost_table(arms, said)],
         "scores": scores,
         "intervals": "a bootstrap over videos",
         "notes": _notes(name, lead, questions, arms),

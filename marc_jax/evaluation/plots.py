@@ -140,7 +140,8 @@ def type_heat(arms: Sequence[Mapping], chance: Mapping | None, apart: Sequence[s
     if not types:
         return None
     levels = (chance or {}).get("per_type", {})
-    rows = [(arm["label"], {n: c.get("accuracy") for n, c in arm.get("per_type", {}).items()}) for arm in arms]
+    known = [arm for arm in arms if arm.get("per_type")]
+    rows = [(arm["label"], {n: c.get("accuracy") for n, c in arm["per_type"].items()}) for arm in known]
     if levels:
         rows.append(("chance (blind guess)", {name: level.get("uniform") for name, level in levels.items()}))
     fig = figure(7.2, 0.75 + 0.4 * len(rows), theme)
@@ -197,8 +198,8 @@ def pareto(arms: Sequence[Mapping], chance: float | None, theme: Mapping):
     left, right = min(place.values(), default=0), max(place.values(), default=1)
     span = max(right - left, 1.0)
     stairs, best = [], -math.inf
-    for x, y, _ in sorted(points, key=lambda p: (p[0], -p[1])):
-        if y > best:
+    for x, y, arm in sorted(points, key=lambda p: (p[0], -p[1])):
+        if y > best and not arm.get("cited"):  # the front is of what was measured here
             stairs.append((x, y))
             best = y
     if stairs:
@@ -212,7 +213,8 @@ def pareto(arms: Sequence[Mapping], chance: float | None, theme: Mapping):
     for x, y, arm in points:
         colour = theme[arm.get("group", "baseline")]
         ax.plot([x, x], headline(arm).get("ci95") or [y, y], color=colour, linewidth=1.5, alpha=0.7, zorder=3)
-        ax.plot(x, y, "o", color=colour, markersize=7, markeredgecolor=theme["bg"], zorder=4)
+        inside = {"markerfacecolor": theme["bg"]} if arm.get("cited") else {"markeredgecolor": theme["bg"]}
+        ax.plot(x, y, "o", color=colour, markersize=7, zorder=4, **inside)
     ax.set(xlim=(left - 0.06 * span, right + (0.05 if right > left else 0.6) * span), ylim=(low, high))
     _label_points(ax, points, theme)
     ax.set_xticks([place[c] for c in counts], [f"{c:g}" for c in counts])

@@ -93,7 +93,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     Raises:
       ReportError: another line is no JSON object.
     """
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")  # texts hold U+2028
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -189,7 +189,7 @@ class Answerer:
         """One video of any shape and rate, as training and evaluation on files read it. `clips`: not needed."""
         (name,) = entries
         record = sources.Record(0, question, "video", "free-form", (), "", name)
-        if problem := records.too_long(self.here, record, self._style):
+        for problem in records.too_long(self.here, [record], self._style).values():
             raise ConfigError(f"--question: {problem['reason']}")
         asked = records.Records(self.here, [record], entries, query, self._style).asked([0])
         index, sizes, kept = asked.index(), asked.sizes, self.view.kept(asked.sizes.patches, asked.sizes.event)

@@ -109,6 +109,8 @@ def type_rows(results: Mapping) -> tuple[list[str], list[tuple[str, list]]]:
     rows = []
     for arm in results["arms"]:
         cells = arm.get("per_type") or {}
+        if not cells:
+            continue
         rows.append((arm["label"], [cells.get(name, {}).get("accuracy") for name in types]))
     levels = (results.get("chance") or {}).get("per_type") or {}
     if levels:
@@ -182,7 +184,7 @@ def method(results: Mapping) -> list[str]:
             f"Chance: {chance['uniform']:.1f} % for a blind draw among the options, {chance['majority']:.1f} % for "
             "always giving the most frequent answer of the type."
         )
-    setting = [("configuration", "config"), ("hardware", "hardware"), ("seed", "seed"), ("commit", "commit")]
+    setting = [("hardware", "hardware"), ("seed", "seed"), ("commit", "commit")]
     known = [f"{label} {results[key]}" for label, key in setting if results.get(key) is not None]
     if known:
         words.append("Run: " + ", ".join(known) + ".")

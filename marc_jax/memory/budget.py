@@ -18,12 +18,13 @@ from marc_jax.memory.compress import adjacent_similarity
 LADDER = (64, 128, 256, 512, 1024)  # visual tokens
 
 
-def event_statistics(vis_btpd, mask_bt, event_bt, num_events: int):
+def event_statistics(vis_btpd, mask_bt, event_bt, num_events: int, tokens_b=None):
     """How long events are and how much happens in them.
 
     Args:
       vis_btpd: [B, T, P, D] visual tokens; mask_bt bool [B, T]; event_bt int32 [B, T], as for `compress`.
       num_events: E, static; patches of events >= E are left out.
+      tokens_b: int [B], real tokens of a patch where videos differ in it; those it is padded with are zeros.
 
     Returns:
       len_be int32 [B, E], valid patches of each event; change_be float32 [B, E], sum of 1 - sim over neighbouring
@@ -31,7 +32,10 @@ def event_statistics(vis_btpd, mask_bt, event_bt, num_events: int):
     """
     here_bte = (event_bt[:, :, None] == jnp.arange(num_events)) & mask_bt[:, :, None]
     both_bte = here_bte[:, 1:] & here_bte[:, :-1]
-    change_bt = jnp.maximum(1 - adjacent_similarity(vis_btpd, mask_bt), 0)
+    alike_bt = adjacent_similarity(vis_btpd, mask_bt)  # a mean over all P, and a token of zeros is like nothing
+    if tokens_b is not None:
+        alike_bt *= (vis_btpd.shape[2] / tokens_b)[:, None]
+    change_bt = jnp.maximum(1 - alike_bt, 0)
     return jnp.sum(here_bte, axis=1, dtype=jnp.int32), jnp.sum(jnp.where(both_bte, change_bt[:, :, None], 0), axis=1)
 
 

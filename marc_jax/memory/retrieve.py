@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from marc_jax.hopper import maxima
+
 MARGIN = 8  # least number of rows nominated beyond k before the exact ranking of an archive search
 SCORES = 1 << 23  # scores that an archive search holds at a time
 TILE_BYTES = 2 << 20  # rows that are multiplied at a time on a CPU
@@ -245,6 +247,19 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
     """
     num, (n, d) = query_qd.shape[0], rows[0].shape
 
+    def nominated(best_gq, tile, last):
+        # Entry i of a tile is the best of its rows i, i + step, ..; the tile at the end starts no later than `last`.
+        step = tile // FOLD
+        near_qc, group_qc = _top_k(best_gq, wide)
+        first_qc = group_qc // step * tile
+        at_qc = jnp.minimum(first_qc, last) + group_qc % step
+        ids_qcj = at_qc[:, :, None] + step * jnp.arange(FOLD)
+        ids_qcj = jnp.where((ids_qcj >= first_qc[:, :, None]) & (ids_qcj < n), ids_qcj, -1)
+        rest_q = near_qc[:, -1].astype(jnp.float32)
+        if best_gq.dtype == jnp.bfloat16:  # what was rounded to rest_q may have been that much more
+            rest_q = jnp.where(rest_q > -jnp.inf, rest_q + jnp.abs(rest_q) * 2.0**-8, rest_q)
+        return ids_qcj.reshape(num, wide * FOLD).astype(jnp.int32), rest_q
+
     def tiled(score, size, dtype=jnp.float32):
         # All tiles of one size, a multiple of FOLD; the last one starts earlier, so that it ends with the rows.
         tiles = max(-(-n // max(block or size, FOLD)), 2 if n % FOLD else 1)
@@ -261,26 +276,22 @@ def _behind_maxima(query_qd, owner_q, rows, wide, block):
             return lax.dynamic_update_slice(best_gq, best_sq, (i * step, 0))
 
         tiles = -(-n // tile)
-        best_gq = lax.fori_loop(0, tiles, visit, jnp.zeros((tiles * step, num), dtype))
-        near_qc, group_qc = _top_k(best_gq, wide)
-        first_qc = group_qc // step * tile
-        at_qc = jnp.minimum(first_qc, n - tile) + group_qc % step
-        ids_qcj = at_qc[:, :, None] + step * jnp.arange(FOLD)
-        ids_qcj = jnp.where(ids_qcj >= first_qc[:, :, None], ids_qcj, -1)
-        rest_q = near_qc[:, -1].astype(jnp.float32)
-        if dtype == jnp.bfloat16:  # what was rounded to rest_q may have been that much more
-            rest_q = jnp.where(rest_q > -jnp.inf, rest_q + jnp.abs(rest_q) * 2.0**-8, rest_q)
-        return ids_qcj.reshape(num, wide * FOLD).astype(jnp.int32), rest_q
+        return nominated(lax.fori_loop(0, tiles, visit, jnp.zeros((tiles * step, num), dtype)), tile, n - tile)
 
-    # On a GPU scores leave the chip and come back: half the bytes if the product is one of halves anyway.
-    kept = jnp.bfloat16 if _half(query_qd, rows[0]) else jnp.float32
-    one, some = num == 1, SCORES // max(num, 1)
+    def on_gpu():
+        if num == 1:
+            return tiled(_reduction, SCORES)
+        if rows[1:] == (None, None) and maxima.fits(query_qd, rows[0]):
+            return nominated(maxima.maxima(query_qd, rows[0], FOLD), maxima.ROWS, n)
+        # Scores leave the chip and come back: half the bytes if the product is one of halves anyway.
+        kept = jnp.bfloat16 if _half(query_qd, rows[0]) else jnp.float32
+        return tiled(functools.partial(_product, dtype=kept), SCORES // max(num, 1), kept)
+
     in_cache = TILE_BYTES // max(d * rows[0].dtype.itemsize, 4 * num)
-    gpu = (_reduction, some) if one else (functools.partial(_product, dtype=kept), some, kept)
     return lax.platform_dependent(
-        cpu=lambda: tiled(_lane_sum if one and d >= LANES else _product, in_cache),
-        cuda=lambda: tiled(*gpu),
-        default=lambda: tiled(_product, some),
+        cpu=lambda: tiled(_lane_sum if num == 1 and d >= LANES else _product, in_cache),
+        cuda=on_gpu,
+        default=lambda: tiled(_product, SCORES // max(num, 1)),
     )
 
 
@@ -335,7 +346,8 @@ def _score_again(query_qd, owner_q, rows, ids_qc, k):
         open_qc &= mask_qc
     if owner_qc is not None:
         open_qc &= (owner_q[:, None] < 0) | (owner_q[:, None] == owner_qc)
-    return rank(jnp.where(open_qc, score_qc, -jnp.inf), ids_qc, k)
+    # Without the barrier XLA computes the sums twice on a GPU, once for each number that the sort reads.
+    return rank(lax.optimization_barrier(jnp.where(open_qc, score_qc, -jnp.inf)), ids_qc, k)
 
 
 def rank(score_qc, ids_qc, k):

@@ -5,13 +5,12 @@ A memory is a folder of ArrayRecord shards, written once and never changed:
     <folder>/<time_ns>-<random>-<machine>.arrayrecord       complete
     <folder>/<time_ns>-<random>-<machine>.arrayrecord.tmp   being written, or left by a crash: never read
 
-Two records are one video: its head and its tokens, so that events are searched without reading a token. Each record is
-4 bytes little-endian header length, a JSON header (format version, video id, array names, dtypes, shapes), then the
-arrays' raw bytes. The last record of a shard is its JSON index: the fingerprint and [video id, SHA-256 of the file] in
-record order. A shard appears by one rename after fsync, so a crash loses at most what was not flushed, and any number
-of writers may add to one folder, each into its own shards; the newest entry of a video counts. A writer holds a lock
-(flock) on its .tmp file; the next writer on this machine removes those that nobody holds. The name ends with a mark of
-the machine, because not every shared file system has locks across machines: others wait a day.
+Two records are one video: its head and its tokens (`entry`). The last record of a shard is its JSON index: the
+fingerprint and [video id, SHA-256 of the file] in record order. A shard appears by one rename after fsync, so a crash
+loses at most what was not flushed, and any number of writers may add to one folder, each into its own shards; the
+newest entry of a video counts. A writer holds a lock (flock) on its .tmp file; the next writer on this machine removes
+those that nobody holds. The name ends with a mark of the machine, because not every shared file system has locks across
+machines: others wait a day.
 
 A memory is valid only for the model, preprocessing and options that made it: their `Fingerprint` is in every shard,
 and opening it with another one is an error that names what differs. So is an entry whose video file has changed.
@@ -22,6 +21,7 @@ commit per video; 32 videos of 0.5 MB took 0.09 / 0.02 s against 0.26 / 0.02 s f
 128 KiB: flush every few hundred small videos. Nothing is compressed: that took twice as long to read (random bfloat16).
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -31,15 +31,16 @@ import json
 import os
 import pathlib
 import platform
+import threading
 import time
 import uuid
 import zlib
 
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 from array_record.python import array_record_module
 
-VERSION = 2  # 1: one record per video, no content hashes in the index
+from marc_jax.memory.entry import VERSION, MemoryEntry, decode, encode
+
 SUFFIX = ".arrayrecord"
 MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 OPEN_SHARDS = 64  # files a reader holds open: a large memory has more shards than a process may have
@@ -70,36 +71,6 @@ class Fingerprint:
         mine, theirs = dict(self.parts), dict(other.parts)
         names = [n for n in sorted({*mine, *theirs}) if mine.get(n) != theirs.get(n)]
         return "; ".join(f"{n}: {_short(theirs.get(n))} in the memory, {_short(mine.get(n))} wanted" for n in names)
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryEntry:
-    """One video's memory.
-
-    Attributes:
-      video_sha256: of the file's bytes (`file_sha256`).
-      seconds: float64 [T], timestamp of the first frame of each temporal patch.
-      event_spans: int32 [E, 2], start and end (exclusive) in temporal patches; patches of a transition lie between two.
-      event_seconds: float64 [E, 2], when the span starts and ends.
-      event_embeddings: float32 [E, d], L2-normalised.
-      tokens: [T, p, D] visual tokens (or [T, n, V] tower features), in the dtype they were stored in; int8 stores
-        come back as float32.
-      grid: (h, w) of one temporal patch in the units of `tokens`, h * w = p.
-      extra: anything JSON can hold.
-    """
-
-    video_sha256: str
-    seconds: np.ndarray
-    event_spans: np.ndarray
-    event_seconds: np.ndarray
-    event_embeddings: np.ndarray
-    tokens: np.ndarray
-    grid: tuple[int, int]
-    extra: dict = dataclasses.field(default_factory=dict)
-
-
-HEAD = ("seconds", "event_spans", "event_seconds", "event_embeddings")
-ARRAYS = (*HEAD, "tokens")
 
 
 def fingerprint(**parts) -> Fingerprint:
@@ -170,7 +141,7 @@ class MemoryWriter:
 
     def add(self, video_id: str, entry: MemoryEntry) -> None:
         """Adds one video; durable after the next flush. An id may be added again: the newest entry counts."""
-        records = _encode(video_id, entry, self.tokens)
+        records = encode(video_id, entry, self.tokens)
         if self._writer is None:
             self._name = self.path / f"{time.time_ns():020d}-{uuid.uuid4().hex[:12]}-{MACHINE}{SUFFIX}"
             self._lock = _locked(f"{self._name}.tmp")
@@ -220,12 +191,16 @@ class MemoryWriter:
 class MemoryReader:
     """Read access by video id: `reader[video_id]`, `in`, `len`, iteration over ids. `shards`: how many were seen."""
 
-    def __init__(self, path, fingerprint: Fingerprint | None):
-        """fingerprint None reads any memory (to inspect it); entries are then not known to fit any model."""
+    def __init__(self, path, fingerprint: Fingerprint | None, keep_bytes: int = 0):
+        """Args:
+        fingerprint: None reads any memory (to inspect it); entries are then not known to fit any model.
+        keep_bytes: entries read last that stay in the machine's memory: a container reads about 0.4 GB/s.
+        """
         self.path, self.fingerprint = pathlib.Path(path), fingerprint
         self._shards, self.shards = {}, 0  # {name: the videos of its index}
         self._open = functools.lru_cache(OPEN_SHARDS)(lambda name: _open(self.path / name))
         self._where: dict[str, tuple[str, int, str]] = {}
+        self._kept, self._keep_bytes, self._lock = collections.OrderedDict(), keep_bytes, threading.Lock()
         self.refresh()
 
     def refresh(self) -> bool:
@@ -259,14 +234,20 @@ class MemoryReader:
         return self._read(video_id, (0,))
 
     def __getitem__(self, video_id: str) -> MemoryEntry:
-        return self._read(video_id, (0, 1))
+        with self._lock:
+            place = self._where.get(video_id)  # of the newest entry: one that was replaced is not found again
+            entry = self._kept.pop(place, None) or self._read(video_id, (0, 1))
+            self._kept[place] = entry
+            while sum(kept.nbytes for kept in self._kept.values()) > self._keep_bytes:
+                self._kept.popitem(last=False)
+        return entry
 
     def _read(self, video_id: str, which: tuple[int, ...]) -> MemoryEntry:
         if video_id not in self._where:
             raise KeyError(f"{video_id!r} is not in the memory {self.path} ({len(self)} videos)")
         name, i, _ = self._where[video_id]
         try:
-            return _decode(self._open(name).read([2 * i + part for part in which]))
+            return decode(self._open(name).read([2 * i + part for part in which]))
         except Exception as error:
             raise StoreError(self.path / name, f"video {i} ({video_id}) cannot be read: {error}") from error
 
@@ -308,54 +289,6 @@ def _index(path, reader) -> dict:
     if version != VERSION:
         raise StaleMemory(path, f"format version {version}, this program reads {VERSION}; {AGAIN}")
     return index
-
-
-def _encode(video_id, entry: MemoryEntry, tokens: str) -> tuple[bytes, bytes]:
-    """The two records of a video."""
-    spans, t = np.asarray(entry.event_spans), len(entry.tokens)
-    if len(entry.seconds) != t or spans.shape[1:] != (2,) or (spans.size and (spans.min() < 0 or spans.max() > t)):
-        raise ValueError(f"{video_id}: {t} patches of tokens, {len(entry.seconds)} seconds, spans {spans.tolist()}")
-    if not len(entry.event_embeddings) == len(entry.event_seconds) == len(spans):
-        raise ValueError(f"{video_id}: {len(spans)} events, {len(entry.event_embeddings)} embeddings")
-    arrays = {name: np.ascontiguousarray(getattr(entry, name)) for name in ARRAYS}
-    stored = {"tokens": arrays.pop("tokens")}
-    if tokens == "int8":
-        value = stored["tokens"].astype(np.float32)
-        scale = np.max(np.abs(value), axis=-1, keepdims=True) / 127
-        stored["tokens"] = np.rint(value / np.maximum(scale, 1e-30)).astype(np.int8)
-        stored["scale"] = scale.astype(np.float32)
-    elif tokens != "keep":
-        stored["tokens"] = stored["tokens"].astype(tokens)
-    about = {"version": VERSION, "video": video_id}
-    rest = {"video_sha256": entry.video_sha256, "grid": list(entry.grid), "extra": entry.extra}
-    return _pack(about | rest, arrays), _pack(about, stored)
-
-
-def _pack(header: dict, arrays: dict) -> bytes:
-    head = json.dumps(header | {"arrays": [[name, a.dtype.name, a.shape] for name, a in arrays.items()]}).encode()
-    return b"".join([len(head).to_bytes(4, "little"), head, *(a.tobytes() for a in arrays.values())])
-
-
-def _unpack(record: bytes) -> tuple[dict, dict]:
-    start = 4 + int.from_bytes(record[:4], "little")
-    header, arrays = json.loads(record[4:start]), {}
-    for name, dtype, shape in header["arrays"]:
-        count = int(np.prod(shape))
-        arrays[name] = np.frombuffer(record, np.dtype(dtype), count, start).reshape(shape)
-        start += count * np.dtype(dtype).itemsize
-    return header, arrays
-
-
-def _decode(records: list[bytes]) -> MemoryEntry:
-    """From the first record of a video, or from both."""
-    header, arrays = _unpack(records[0])
-    for record in records[1:]:
-        arrays |= _unpack(record)[1]
-    scale = arrays.pop("scale", None)
-    if scale is not None:
-        arrays["tokens"] = arrays["tokens"].astype(np.float32) * scale
-    return MemoryEntry(header["video_sha256"], grid=tuple(header["grid"]), extra=header["extra"],
-                       **{"tokens": np.zeros(0, np.float32)} | arrays)  # fmt: skip
 
 
 def remove_leftovers(folder) -> list[str]:

@@ -253,10 +253,11 @@ def to_tokens(model, patches_bsnc, grid_hw):
     return tokens.reshape(b, s, *tokens.shape[1:])
 
 
-def deserved(view: View, vis_bspd, mask_bs, event_bs):
+def deserved(view: View, vis_bspd, visual: Visual):
     """An adaptive view's budgets in patches: of each video int32 [B], and of each patch's event int32 [B, S]."""
-    s, p = vis_bspd.shape[1:3]
-    len_be, change_be = budget.event_statistics(vis_bspd, mask_bs, event_bs, s)
+    s, p, event_bs = vis_bspd.shape[1], visual.per_patch(vis_bspd.shape[2]), visual.event_bs
+    real_b = None if visual.shapes is None else visual.shapes.tokens_b
+    len_be, change_be = budget.event_statistics(vis_bspd, visual.mask_bs, event_bs, s, real_b)
     tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p, view.ladder)
     total_b = jnp.clip(tokens_b // p, 1, view.keep)
     share_be = budget.share(total_b, budget.event_weights(len_be, change_be), len_be, min(view.keep, s))
@@ -275,7 +276,7 @@ def reduce(view: View, vis_bspd, visual: Visual) -> compress.Compressed:
         keep, p = vis_bspd.shape[1], vis_bspd.shape[2]
         target_b = -(-view.count(visual.length_b, visual.per_patch(p * view.shrink**2)) // visual.per_patch(p))
     if view.method == "merge" and view.adaptive:
-        total_b, per_event = deserved(view, *args)
+        total_b, per_event = deserved(view, vis_bspd, visual)
         return compress.compress(*args, keep, per_event=per_event, target_b=total_b, **how)
     if view.method == "merge":
         return compress.compress(*args, keep, per_event=view.in_event, target_b=target_b, **how)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from marc_jax.models import attention, cache, hopper, lora, rope
+from marc_jax import hopper
+from marc_jax.hopper import attention as step
+from marc_jax.hopper import stream
+from marc_jax.models import attention, cache, lora, rope
 from marc_jax.models.cache import KV
-from marc_jax.models.hopper import attention as step
-from marc_jax.models.hopper import stream
 from marc_jax.models.layers import rms_norm
 
 SPREAD = 8  # pieces of a prompt's keys that a decoding step reads side by side

@@ -8,7 +8,7 @@ import pytest
 
 from marc_jax import settings
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import harness
+from marc_jax.evaluation import compare, harness
 from marc_jax.models import qwen25_vl
 from tools.bench import published
 
@@ -83,6 +83,11 @@ def test_an_evaluation_resumes_where_it_was_killed(config, place, tmp_path):
     assert {json.loads(line)["problem_id"] for line in file.read_text().splitlines()} == {"0", "1", "2", "3"}
 
     compared = harness.evaluate(config, model, tmp_path / "b", ["blind"], against=str(tmp_path / "a"))
+    (row,) = compare.compared(tmp_path / "a", tmp_path / "b", "strict")
+    assert (row["a"], row["b"], row["n"], row["difference"], row["p"]) == ("blind", "blind", 4, 0, 1)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--arms=full,blind"]) == 0
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b"), "--arms=full,marc"]) == 2
+    assert compare.main([str(tmp_path / "a"), str(tmp_path)]) == 2
     assert {c["b"] for c in compared["comparisons"]} == {"against full", "against blind"}
     assert next(c for c in compared["comparisons"] if c["b"] == "against blind")["difference"] == 0
 

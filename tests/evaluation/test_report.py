@@ -218,3 +218,9 @@ def test_a_broken_line_inside_a_metrics_file_is_an_error(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(report.ReportError, match="line 2"):
         report.read_jsonl(path)
+
+
+def test_a_line_ends_where_json_says_and_not_at_every_separator_of_unicode(tmp_path):
+    path, rows = tmp_path / "full.jsonl", [{"completion": "a\u2028b\x85c\u2029\x1c"}, {"completion": ""}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) + '{"comp', encoding="utf-8")
+    assert report.read_jsonl(path) == rows

@@ -92,3 +92,14 @@ def test_the_tokens_least_like_their_patch_are_kept():
     padded = np.asarray(budget.telling_tokens(tokens, valid, 4))
     alone = np.asarray(budget.telling_tokens(tokens[:, :, :3], valid[:, :, :3], 4))
     assert (padded[:, :, :3] == alone).all() and not padded[:, :, 3:].any()
+
+
+def test_tokens_that_only_fill_a_patch_up_change_nothing():
+    vis_btpd = np.random.default_rng(3).normal(size=(2, 5, 6, 4)).astype(np.float32)
+    mask_bt, event_bt = np.ones((2, 5), bool), np.array([[0, 0, 1, 1, 1]] * 2)
+    vis_btpd[1, :, 4:] = 0
+    length, change = budget.event_statistics(vis_btpd, mask_bt, event_bt, 3, np.array([6, 4]))
+    for b, own in enumerate((6, 4)):
+        alone = budget.event_statistics(vis_btpd[b : b + 1, :, :own], mask_bt[:1], event_bt[:1], 3)
+        np.testing.assert_array_equal(length[b], alone[0][0])
+        np.testing.assert_allclose(change[b], alone[1][0], rtol=1e-5)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from marc_jax import hopper
+from marc_jax.hopper import maxima
 from marc_jax.memory import retrieve
 
 
@@ -222,3 +224,22 @@ def test_sharded_archive_gives_the_same_winners_and_ties(shards):
         np.testing.assert_array_equal(one[0], many[0])
     with pytest.raises(ValueError, match="do not divide"):
         retrieve.search_sharded(mesh, "data", query, emb[:239], 8)
+
+
+def test_the_hopper_kernel_keeps_the_best_of_every_few_scores(monkeypatch):
+    """In Pallas' interpreter: a last tile that reaches past the rows, and questions that fill no tile."""
+    if hopper.pallas() is None:
+        pytest.skip("the kernel needs the Mosaic GPU back end of jax >= 0.11")
+    monkeypatch.setattr(hopper, "PROCESSORS", 3)  # more tiles than blocks
+    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(lax, "platform_dependent", lambda **ways: ways["cuda"]())
+    rng = np.random.default_rng(12)
+    emb, query = (jnp.asarray(unit(rng, n, 128), jnp.bfloat16) for n in (1100, 5))
+    exact = np.asarray(query, np.float64) @ np.asarray(emb, np.float64).T
+    with hopper.pallas()[1].force_gpu_interpret_mode():
+        best_gq = np.asarray(maxima.maxima(query, emb, 8))
+        score, ids = retrieve.search(query, emb, 4)
+    padded = np.pad(exact, ((0, 0), (0, 5 * 256 - 1100)))
+    np.testing.assert_allclose(best_gq.T, padded.reshape(5, 5, 8, 32).max(axis=2).reshape(5, -1), atol=1e-6)
+    assert ids.tolist() == [best_of(row, 4) for row in exact]
+    np.testing.assert_allclose(score, -np.sort(-exact, axis=1)[:, :4], atol=1e-6)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from marc_jax.memory import store
+from marc_jax.memory.entry import ARRAYS
 
 PRINT = store.fingerprint(model="a" * 64, preprocessing={"fps": 2.0, "pixels": 128})
 
@@ -29,7 +30,7 @@ def entry(seed=0, dtype=ml_dtypes.bfloat16, t=6):
 
 
 def same(a, b):
-    for name in store.ARRAYS:
+    for name in ARRAYS:
         x, y = getattr(a, name), getattr(b, name)
         assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes(), name
     assert (a.video_sha256, a.grid, a.extra) == (b.video_sha256, b.grid, b.extra)
@@ -195,6 +196,24 @@ def test_heads_are_read_without_tokens_and_contents_without_heads(tmp_path):
     assert reader.contents() == {f"v{i}": f"{i:064x}" for i in range(3)}
     head = reader.head("v2")
     assert head.tokens.size == 0 and head.event_embeddings.tobytes() == entry(2).event_embeddings.tobytes()
+
+
+def test_entries_read_last_stay_in_memory_until_they_are_replaced(tmp_path):
+    size = entry().nbytes
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        for i in range(3):
+            writer.add(f"v{i}", entry(i))
+    reader = store.MemoryReader(tmp_path, PRINT, keep_bytes=2 * size)
+    first = reader["v0"]
+    assert reader["v0"] is first and reader["v1"] is reader["v1"]
+    assert reader["v2"].tokens.tobytes() == entry(2).tokens.tobytes()
+    assert reader["v0"] is not first and reader["v0"].tokens.tobytes() == first.tokens.tobytes()  # it had to go
+    with store.MemoryWriter(tmp_path, PRINT) as writer:
+        writer.add("v0", entry(7))
+    reader.refresh()
+    assert reader["v0"].video_sha256 == entry(7).video_sha256
+    nothing_kept = store.MemoryReader(tmp_path, PRINT)
+    assert nothing_kept["v1"] is not nothing_kept["v1"]
 
 
 def test_another_version_of_the_format_is_refused(tmp_path, monkeypatch):

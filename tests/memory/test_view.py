@@ -99,10 +99,10 @@ def test_an_adaptive_view_keeps_more_where_more_happens():
     vis = jnp.asarray(np.concatenate([still, rng.normal(size=(1, 6, 64, D))]), jnp.float32)
     mask, event = jnp.ones((2, 6), bool), jnp.array([[0, 0, 0, 1, 1, 1]] * 2)
     view = views.View("all", "merge", keep=8, adaptive=True)
-    total, per_patch = views.deserved(view, vis, mask, event)
+    visual = views.Visual(vis, mask, event, jnp.zeros((2, 6)), jnp.full(2, 6))
+    total, per_patch = views.deserved(view, vis, visual)
     assert total.tolist() == [2, 8]  # 2 patches of 64 tokens fill 128; 6 want 384 and get the rung of 512
     assert per_patch[0].tolist() == [1] * 6 and per_patch[1].tolist() == [3] * 6
-    visual = views.Visual(vis, mask, event, jnp.zeros((2, 6)), jnp.full(2, 6))
     assert views.reduce(view, vis, visual).mask_bk.sum(1).tolist() == [2, 6]
 
 

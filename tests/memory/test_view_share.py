@@ -103,7 +103,7 @@ class Sums:
 SHAPES = ((2, 4), (3, 2))  # of the two videos' patches, padded to P tokens
 PADDED = [("all", "keep", {}), ("all", "keep", {"tokens": 5}), ("retrieve", "merge", {})]
 PADDED += [("all", method, {"share": 0.4}) for method in ("merge", "vidcom2", "evs", "dtd")]
-PADDED += [("uniform", "keep", {"share": 0.4})]
+PADDED += [("uniform", "keep", {"share": 0.4}), ("all", "merge", {"adaptive": True, "keep": 3})]
 
 
 @pytest.mark.parametrize("select,method,more", PADDED)

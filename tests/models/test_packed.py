@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax.models import hopper, packed, qwen25_vl
+from marc_jax import hopper
+from marc_jax.hopper import attention, stream
+from marc_jax.models import packed, qwen25_vl
 from marc_jax.models.cache import KV
-from marc_jax.models.hopper import attention, stream
 
 
 def f32(a):

@@ -3,9 +3,10 @@
     python -m tools.bench.ask --checkpoint=FOLDER --video=FILE [--encoder=FOLDER] [--frames=64] [--repeat=9]
     python -m tools.bench.ask --size=3b                      # random weights of the 3B's shapes and a made-up video
 
-Cold decodes the file, finds its events, runs the vision tower over every patch, then asks. Warm reads the tokens from a
-memory on disk; its questions differ from the one before. Everything is compiled beforehand, in both; medians. --size
-embeds events by a tiny random encoder, so its cold figure leaves out what PE-Core would take.
+Cold decodes the file, finds its events, runs the vision tower over every patch, then asks. Opened reads the tokens from
+a memory on disk, as the first question about a video does; warm is every later one, each another question than the one
+before. Everything is compiled beforehand, in all three; medians. --size embeds events by a tiny random encoder, so its
+cold figure leaves out what PE-Core would take.
 """
 
 import argparse
@@ -70,32 +71,37 @@ def measure(args, memory: pathlib.Path) -> None:
         archive.here.sampling = dataclasses.replace(archive.here.sampling, max_frames=args.frames)
         return archive
 
-    def asked(archive: Archive) -> list:
-        for question in QUESTIONS:
-            archive.ask(question, args.video)
-        return [archive.ask(QUESTIONS[i % len(QUESTIONS)], args.video) for i in range(args.repeat)]
-
     warm_archive = opened(memory)
     warm_archive.index([args.video])
-    cold_archive = opened(None)
-    cold_archive.indexer, cold_archive.answerer = warm_archive.indexer, warm_archive.answerer  # one set of weights
-    begun = time.perf_counter()
-    cold = asked(cold_archive)
+
+    def sharing(where) -> Archive:  # one set of weights
+        archive = opened(where)
+        archive.indexer, archive.answerer = warm_archive.indexer, warm_archive.answerer
+        return archive
+
+    def asked(archive_of) -> list:
+        for question in QUESTIONS:
+            archive_of().ask(question, args.video)
+        return [archive_of().ask(QUESTIONS[i % len(QUESTIONS)], args.video) for i in range(args.repeat)]
+
+    begun, cold_archive = time.perf_counter(), sharing(None)
+    answers = {"cold": asked(lambda: cold_archive)}
     cold_s = time.perf_counter() - begun
-    warm = asked(warm_archive)
-    if [a.text for a in cold] != [a.text for a in warm]:
+    answers |= {"opened": asked(lambda: sharing(memory)), "warm": asked(lambda: warm_archive)}
+    if len({tuple(a.text for a in each) for each in answers.values()}) > 1:
         raise SystemExit("the answers differ")
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"jax {jax.__version__}, {device}; {args.video}, {len(next(iter(warm[0].entries.values())).tokens)} temporal "
-          f"patches; medians of {args.repeat} ({cold_s:.0f} s)")  # fmt: skip
-    parts = list(dict.fromkeys(part for a in (cold[-1], warm[-1]) for part in a.seconds))
-    middle = lambda answers, of: 1000 * statistics.median(map(of, answers))  # noqa: E731
-    print("| ms | cold | warm |\n|---|--:|--:|")
+    device, patches = f"{jax.device_count()} x {jax.devices()[0].device_kind}", answers["warm"][0].entries.popitem()[1]
+    print(f"jax {jax.__version__}, {device}; {args.video}, {len(patches.tokens)} temporal patches; medians of "
+          f"{args.repeat} ({cold_s:.0f} s)")  # fmt: skip
+    parts = list(dict.fromkeys(part for each in answers.values() for part in each[-1].seconds))
+    middle = lambda each, of: 1000 * statistics.median(map(of, each))  # noqa: E731
+    print(f"| ms | {' | '.join(answers)} |\n|---|{'--:|' * len(answers)}")
     for part in parts:
-        row = [middle(a, lambda x: x.seconds[part]) if part in a[0].seconds else None for a in (cold, warm)]  # noqa: B023
+        row = [middle(e, lambda a: a.seconds[part]) if part in e[0].seconds else None for e in answers.values()]  # noqa: B023
         print(f"| {part} | " + " | ".join("" if x is None else f"{x:.2f}" for x in row) + " |")
-    first = [middle(answers, lambda a: a.first_token) for answers in (cold, warm)]
-    print(f"| **first token** | {first[0]:.2f} | {first[1]:.2f} |\nwarm / cold: {first[1] / first[0]:.3f}")
+    first = {name: middle(each, lambda a: a.first_token) for name, each in answers.items()}
+    print(f"| **first token** | {' | '.join(f'{x:.2f}' for x in first.values())} |")
+    print(", ".join(f"{name} / cold: {first[name] / first['cold']:.3f}" for name in ("opened", "warm")))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 from data_pipelines import sources
 from marc_jax import checkpoint
 from marc_jax.memory import store
+from marc_jax.memory.entry import ARRAYS
 from tools.faults import drill
 
 HARMS = ("flip", "zero", "cut", "delete", "swap")
@@ -124,7 +125,7 @@ def memories(folder: pathlib.Path, count: int, seed: int = 0) -> drill.Outcome:
 
 
 def _same(got: store.MemoryEntry, want: store.MemoryEntry) -> bool:
-    arrays = all(getattr(got, n).tobytes() == getattr(want, n).tobytes() for n in store.ARRAYS)
+    arrays = all(getattr(got, n).tobytes() == getattr(want, n).tobytes() for n in ARRAYS)
     return arrays and (got.video_sha256, got.grid, got.extra) == (want.video_sha256, want.grid, want.extra)
 
 

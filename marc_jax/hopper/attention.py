@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from marc_jax.models import hopper
+from marc_jax import hopper
 
 KEYS = 128  # keys read at once
 QUERIES = 64  # queries per block

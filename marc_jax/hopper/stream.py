@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from marc_jax.models import hopper
+from marc_jax import hopper
 
 ROWS = 8  # rows are padded to a multiple of this: the narrowest tensor-core product
 TILE = 64  # outputs per block: the tensor core's other side

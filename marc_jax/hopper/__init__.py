@@ -1,10 +1,11 @@
-"""Kernels for decoding on a Hopper GPU (H100, H200), where XLA's own stay behind the hardware (docs/performance.md).
+"""Kernels for a Hopper GPU (H100, H200), where XLA's own stay behind the hardware (docs/performance.md, retrieval.md).
 
     stream     a few rows against large weights: decoding reads every weight once per token
     attention  one decoding step over a shared prompt and each completion's own keys
+    maxima     the product of a search, of which only the best of every few scores is kept
 
 Written in Pallas for its Mosaic GPU back end (jax >= 0.11). `available` says whether they can run;
-`marc_jax.models.packed` falls back to XLA where they cannot.
+`marc_jax.models.packed` and `marc_jax.memory.retrieve` fall back to XLA where they cannot.
 """
 
 import functools
