@@ -5,6 +5,7 @@
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -113,16 +114,16 @@ def decoded(run, folder: Path, names: list[str], label: str) -> tuple[np.ndarray
     """
     if not run.config.data.keep_decoded:
         return _joined(decode_pixels(run, folder, names, label))
-    kept = folder / f"decoded_{label}.npy"
+    kept = folder / f"decoded_{label}_{zlib.crc32(chr(10).join(names).encode()):08x}.npy"
+    told = kept.with_suffix(".json")
     with locks.held(folder / f".decoded_{label}.lock", f"{kept}", wait=True):
-        told = kept.with_suffix(".json")
-        if not told.exists() or json.loads(told.read_text(encoding="utf-8"))["asked"] != names:
+        if not told.exists():
             bank, rows = _joined(decode_pixels(run, folder, names, label))
-            told.unlink(missing_ok=True)
-            with kept.open("wb") as file:
-                np.save(file, bank)
-            files.write_whole(told, json.dumps({"asked": names, "rows": rows}))
-    return np.load(kept, mmap_mode="r"), json.loads(told.read_text(encoding="utf-8"))["rows"]
+            part = kept.with_suffix(".part.npy")
+            np.save(part, bank)
+            part.replace(kept)
+            files.write_whole(told, json.dumps(rows))
+    return np.asarray(np.load(kept, mmap_mode="r")), json.loads(told.read_text(encoding="utf-8"))
 
 
 def _joined(pixels: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:

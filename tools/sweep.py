@@ -304,10 +304,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         follow(sweep, flags.FLAGS.stop_after)
-    except KeyboardInterrupt:
+    finally:
+        remember(sweep, workdir / "sweep.json", time.monotonic() - started)
         sweep.end()
-        raise
-    remember(sweep, workdir / "sweep.json", time.monotonic() - started)
     if flags.FLAGS.pack:
         from tools import sweep_report
 

@@ -22,7 +22,7 @@ from absl import flags
 
 from marc_jax import config as configs
 from marc_jax import files, settings
-from marc_jax.evaluation import intervals, plots
+from marc_jax.evaluation import equal_tokens, intervals, plots
 
 FIELDS = {"correct": bool, "visual_tokens": np.int16, "completion_tokens": np.int16, "format_ok": bool}
 CURVES = (  # panel, metric of metrics.jsonl, in percent
@@ -100,6 +100,15 @@ class Packed:
     def videos(self, run: str, chosen: np.ndarray) -> np.ndarray:
         return np.char.add(f"{run}/", self.arrays[f"{run}/{self.folder}/video"][chosen])
 
+    def rows(self, run: str, arm: str, chosen: np.ndarray) -> list[dict]:
+        """One arm's answers as `evaluation.equal_tokens` takes them."""
+        ids = self.arrays[f"{run}/{self.folder}/id"][chosen].tolist()
+        right, read = (self.column(run, arm, name, chosen) for name in ("correct", "visual_tokens"))
+        return [
+            {"problem_id": i, "score": float(score), "visual_tokens": int(n)}
+            for i, score, n in zip(ids, right, read, strict=True)
+        ]
+
     def curves(self, stage: str) -> list[list[dict]]:
         """Rows of a stage's metrics, one list for each seed that has it."""
         texts = [str(self.arrays[k]) for k in sorted(self.arrays) if k.endswith(f"/metrics/{stage}")]
@@ -120,8 +129,11 @@ def accuracy(packed: Packed, arm: str, minus: str = "", **which) -> dict | None:
         right = packed.column(run, arm, "correct", chosen).astype(float)
         parts.append(right - packed.column(run, minus, "correct", chosen) if minus else right)
         videos.append(packed.videos(run, chosen))
-    if not parts or not sum(map(len, parts)):
-        return None
+    return summary(parts, videos) if sum(map(len, parts)) else None
+
+
+def summary(parts: list[np.ndarray], videos: list[np.ndarray]) -> dict:
+    """{"mean", "ci95", "seeds", "n"} in percent of each seed's scores [questions] and the videos they are about."""
     low, high = intervals.bootstrap_ratio(np.concatenate(parts), clusters=np.concatenate(videos))
     seeds = [100 * float(part.mean()) for part in parts]
     return {"mean": float(np.mean(seeds)), "ci95": [100 * low, 100 * high], "seeds": seeds, "n": sum(map(len, parts))}
@@ -162,6 +174,41 @@ def claim_table(packed: Packed, config) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def equal_table(packed: Packed, config) -> list[str]:
+    """Arms with an adaptive budget against fixed ones mixed to the same mean number of tokens, paired."""
+    lines = ["| adaptive budget | visual tokens | against fixed budgets, points | each seed |", "|---|--:|--:|--:|"]
+    for arm, fixed in rivals(config).items():
+        parts, videos = [], []
+        for run in packed.seeds(arm, *fixed):
+            chosen = packed.questions(run, without=tuple(config.eval.apart))
+            own = packed.rows(run, arm, chosen)
+            if (mixed := equal_tokens.rival(own, {name: packed.rows(run, name, chosen) for name in fixed})) is None:
+                continue
+            parts.append(np.array([a["score"] - b["score"] for a, b in zip(own, mixed[0], strict=True)]))
+            videos.append(packed.videos(run, chosen))
+        if parts:
+            found = summary(parts, videos)
+            label = config.eval.arms[arm].label or arm
+            lines.append(f"| {label} | {tokens(packed, arm):.1f} | {_interval(found, '+')} | {_each(found, '+')} |")
+    return lines if len(lines) > 2 else []
+
+
+def rivals(config) -> dict[str, list[str]]:
+    """{arm with an adaptive budget: arms of the same stage that look the same way with fixed ones}."""
+    sizes = ("k", "keep", "rule", "adaptive", "ladder")
+    views = {name: view.to_dict() for name, view in config.views.items()}
+    looks = {name: {k: v for k, v in view.items() if k not in sizes} for name, view in views.items()}
+    adapts = {name: bool(view["rule"] or view["adaptive"]) for name, view in views.items()}
+    found = {}
+    for key, arm in config.eval.arms.items():
+        if adapts[arm.view]:
+            found[key] = [
+                other for other, c in config.eval.arms.items()
+                if c.stage == arm.stage and looks[c.view] == looks[arm.view] and not adapts[c.view]
+            ]  # fmt: skip
+    return found
+
+
 def stage_table(packed: Packed, config) -> list[str]:
     """What a stage's processes took, while others ran beside them."""
     told = packed.told("sweep").get("jobs", {})
@@ -195,7 +242,8 @@ def text(packed: Packed, config, name: str) -> str:
     if sweep.get("command"):
         lines += [f"    {sweep['command']}", ""]
     lines += [*arm_table(packed, config), ""]
-    for table in (claim_table(packed, config), stage_table(packed, config) if packed.folder == "eval" else []):
+    more = claim_table(packed, config), equal_table(packed, config)
+    for table in (*more, stage_table(packed, config) if packed.folder == "eval" else []):
         lines += [*table, ""] if table else []
     return "\n".join(lines)
 
