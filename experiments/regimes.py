@@ -74,7 +74,7 @@ def views():
         "per_event_k4": {**events, "k": 4},
         "mass": {**events, "k": 4, "rule": "mass"},
         "gap": {**events, "k": 4, "rule": "gap"},
-        "adaptive": {**retrieved, "k": 3, "keep": 6, "adaptive": True, "ladder": (4, 8, 12, 16, 20, 24)},
+        "adaptive": {**retrieved, "k": 3, "keep": 6, "adaptive": True, "budgets": (4, 8, 12, 16, 20, 24)},
         "whole": {"select": "all", "method": "merge", "keep": 1},
         "whole_weighted": {"select": "all", "method": "merge", "keep": 1, "weighted": True},
         "mean": {"select": "all", "method": "mean"},

@@ -27,7 +27,7 @@ STYLE = "glued"  # of `question_text`: what the synthetic set trains on and is a
 class Sizes:
     """Static lengths: patches and events of a video, patches of one event, text tokens of a question, of an answer.
 
-    `lead`: tokens of a prompt before its visual ones.
+    `lead`: tokens of a prompt before its visual ones. `told`: those that a view says before the question.
     """
 
     patches: int
@@ -36,6 +36,12 @@ class Sizes:
     question: int
     answer: int
     lead: int = 3
+    told: int = 0
+
+    @property
+    def asked(self) -> int:
+        """Tokens of a question and of what is said before it."""
+        return self.told + self.question
 
 
 class Shape(NamedTuple):
@@ -166,7 +172,7 @@ class Prompter:
 
     def whole(self, texts, kept: int, patches_b, sizes: Sizes, shapes=None) -> PromptBatch:
         """Whole prompts, padded to the longest that `sizes` allows: those before, the visual ones, the question's."""
-        return self.prompts(texts, kept, patches_b, self._before(kept, sizes) + sizes.question, shapes)
+        return self.prompts(texts, kept, patches_b, self._before(kept, sizes) + sizes.asked, shapes)
 
     def _before(self, kept: int, sizes: Sizes) -> int:
         return sizes.lead + kept * self.tokens_per_patch
@@ -177,12 +183,12 @@ class Prompter:
             prefix  <|im_start|> user <|vision_start|> v v v v          once per video
             suffix  <|vision_end|> question ... assistant answer        G of them; loss on the answer alone
 
-        Returns (prefix PromptBatch [B, P], tokens_bgr, mask_bgr, loss_bgr), R = sizes.question + sizes.answer.
+        Returns (prefix PromptBatch [B, P], tokens_bgr, mask_bgr, loss_bgr), R = sizes.asked + sizes.answer.
         """
-        b, g, r = len(texts_bg), len(texts_bg[0]), sizes.question + sizes.answer
+        b, g, r = len(texts_bg), len(texts_bg[0]), sizes.asked + sizes.answer
         kinds = shapes or [self.shape] * b
         rows = [
-            self._continued(text, answer, shape.kind, shape.hw, sizes.question, sizes.answer)
+            self._continued(text, answer, shape.kind, shape.hw, sizes.asked, sizes.answer)
             for texts, answers, shape in zip(texts_bg, answers_bg, kinds, strict=True)
             for text, answer in zip(texts, answers, strict=True)
         ]
@@ -280,6 +286,11 @@ class Asked:
     def texts_bg(self):
         text = lambda q: question_text(q.problem, q.problem_type, q.options, self.style)  # noqa: E731
         return [[text(q) for q in row] for row in self.questions_bg]
+
+    def told_bg(self, view, kept: int, tokens_per_patch: int):
+        """`texts_bg` as a reader through this view gets them: told its budget where the view has words for it."""
+        said = view.told(kept, tokens_per_patch)
+        return [[said + text for text in row] for row in self.texts_bg]
 
     @property
     def answers_bg(self):

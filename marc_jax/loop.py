@@ -16,8 +16,6 @@ from marc_jax import checkpoint, guard, locks, metrics, optim
 from marc_jax.interrupt import Interrupt
 from marc_jax.state import TrainState
 
-SHOWN = ("loss", "accuracy", "reward", "recall@3")
-
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
@@ -108,7 +106,7 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
             if logs:
                 row = writer.write(step + 1, metrics.merge(*rows))
                 rows = []
-                progress.update(step + 1, **{k: row[k] for k in SHOWN if k in row})
+                progress.update(step + 1, **metrics.shown(row))
             if saves:
                 checked({step + 1: _soundness(state)})
                 told = {"stage": name, **meta, "metrics": metrics.merge(*rows)}

@@ -15,6 +15,8 @@ from marc_jax import files
 from marc_jax.config import UserError
 
 _SHOWN = 8
+SPEED = "speed/"  # what begins so depends on the machine, and has a file of its own
+PROGRESS = ("loss", "accuracy", "reward", "recall@3", "speed/tokens_per_second", "speed/mfu", "speed/memory_gib")
 
 
 class NonFiniteError(UserError):
@@ -95,6 +97,7 @@ def non_finite(metrics: Mapping) -> list[str]:
 class Writer:
     """Writes `<workdir>/<stage>/metrics.jsonl`, one line per step, and TensorBoard events beside it.
 
+    Metrics of the machine ("speed/...") go into `speed.jsonl`, so that metrics.jsonl of two equal runs are equal.
     A run that resumes at step s continues the file: lines after s, and a line cut short by a crash, are dropped
     first, so every step is there exactly once. NaN and infinities are written as null.
 
@@ -113,11 +116,11 @@ class Writer:
         if not (jax.process_index() == 0 if enabled is None else enabled):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "metrics.jsonl"
-        cut(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        for name in ("metrics.jsonl", "speed.jsonl"):
+            cut(self.folder / name, resume_step)
+        self._file = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
+            self._board = summary_writer()(str(self.folder), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping) -> dict[str, float]:
         """Appends one step; returns the values as floats. Raises ValueError unless `step` is after the last one."""
@@ -127,8 +130,13 @@ class Writer:
         values = reduce(metrics)
         if self._file is not None:
             finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            fast = {name: x for name, x in finite.items() if name.startswith(SPEED)}
+            slow = {name: x for name, x in finite.items() if name not in fast}
+            self._file.write(json.dumps({"step": step, **slow}) + "\n")
             self._file.flush()
+            if fast:
+                with (self.folder / "speed.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **fast}) + "\n")
         if self._board is not None:
             for name, x in values.items():
                 self._board.add_scalar(name, x, step)
@@ -148,7 +156,7 @@ class Writer:
         self.close()
 
 
-def _summary_writer() -> type:
+def summary_writer() -> type:
     """tensorboardX.SummaryWriter; it imports torch where torch is installed, which a training process must not."""
     hidden = "torch" not in sys.modules
     if hidden:
@@ -247,6 +255,19 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         self._bar = None
+
+
+def shown(row: Mapping[str, float]) -> dict:
+    """What the progress line says of a row of metrics: the usual ones, and the seconds of a step by phase."""
+    line = {name.removeprefix(SPEED): row[name] for name in PROGRESS if name in row}
+    seconds = {
+        name[len(SPEED) :].removesuffix("_seconds"): x for name, x in row.items()
+        if name.startswith(SPEED) and name.endswith("_seconds") and math.isfinite(x)
+    }  # fmt: skip
+    if "step" in seconds:
+        parts = ", ".join(f"{name} {x:.3g}" for name, x in seconds.items() if name != "step")
+        line["s/step"] = f"{seconds['step']:.3g} ({parts})" if parts else f"{seconds['step']:.3g}"
+    return line
 
 
 def _short(x) -> str:

@@ -115,9 +115,9 @@ def _stage(config, here: run.Run | None, name: str) -> str:
     )
     if "view" in c:
         text += f"; reads {c.view}{_reads(here, c.view)}"
-    if "teacher" in c:
+    if stage_settings.needs_teacher(c):
         text += f", its teacher {c.teacher_view}{_reads(here, c.teacher_view)}"
-    if here is not None and c.kind in ("sft", "distill", "cgrpo"):
+    if here is not None and c.kind in ("sft", "distill", *stage_settings.GROUPED):
         held, most, trained = _held(here, name, c)
         text += f"; trains {_count(trained)} parameters; holds {held / 2**30:.1f} GiB, {most / 2**30:.1f} on a device"
     return text
@@ -135,7 +135,7 @@ def _held(here: run.Run, name: str, c) -> tuple[int, int, int]:
     kept = jnp.dtype(here.config.model.frozen_dtype).itemsize
     copies = 1 + MOMENTS + bool(c.optimizer.ema)
     parts = [(x, 4 * copies) for x in trained.values()] + [(x, kept) for x in frozen.values()]
-    if "teacher" in c and not stage_settings.teacher_within(c):
+    if stage_settings.needs_teacher(c) and not stage_settings.teacher_within(c):
         parts += [(x, kept) for x in optim.flatten(whole).values()]
     held = sum(int(np.prod(x.shape)) * size for x, size in parts)
     most = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * size for x, size in parts)

@@ -24,6 +24,7 @@ from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import PromptBatch
 from marc_jax.state import settled
 from marc_jax.tokenizer import Tokenizer, TokenizerError
+from marc_jax.watch import Watch
 
 QUESTION, ANSWER = 22, 13  # longest tokenised question (with its chat turn) and answer of the synthetic set
 TOWER_CHUNK = 1024
@@ -52,6 +53,7 @@ class Run:
     tower: str = ""
     retriever: dict | None = None
     compiled: dict = dataclasses.field(default_factory=dict)
+    watch: Watch = dataclasses.field(default_factory=Watch)
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -340,9 +342,16 @@ def surroundings(config, workdir: Path | None, tokenizer: Tokenizer | None = Non
         vision_start_token_id=tokenizer.id("<|vision_start|>"), vision_end_token_id=tokenizer.id("<|vision_end|>"),
         pad_token_id=tokenizer.id("<|endoftext|>"), eos_token_ids=tuple(tokenizer.stop_ids),
     )  # fmt: skip
-    time_scale = 2 / config.data.fps * cfg.tokens_per_second
+    time_scale, views = 2 / config.data.fps * cfg.tokens_per_second, views_of(config, cfg)
     prompter = Prompter(tokenizer, tuple(side // 2 for side in sampling.grid_hw), time_scale)
-    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views_of(config, cfg), sampling, time_scale, mesh)
+    lengths = _telling(lengths, prompter, views)
+    return Run(config, workdir, cfg, tokenizer, prompter, lengths, views, sampling, time_scale, mesh)
+
+
+def _telling(sizes: Sizes, prompter: Prompter | None, views: dict[str, View]) -> Sizes:
+    """The sizes, with room for what views say before a question."""
+    said = (v.told(v.kept(sizes.patches, sizes.event), prompter.tokens_per_patch) for v in views.values() if prompter)
+    return dataclasses.replace(sizes, told=max((len(prompter.tokenizer.encode(text)) for text in said), default=0))
 
 
 def views_of(config, cfg: qwen25_vl.Config) -> dict[str, View]:
@@ -363,4 +372,5 @@ def _on_files(config, workdir, tokenizer, mesh) -> Run:
     views = views_of(config, cfg)
     events = max(patches, *(view.k for view in views.values()))
     sizes = Sizes(patches, events, patches, data.question_tokens, data.answer_tokens, lead)
+    sizes = _telling(sizes, prompter, views)
     return Run(config, workdir, cfg, tokenizer, prompter, sizes, views, sampling, 1.0, mesh)

@@ -9,6 +9,7 @@ from marc_jax import config as configs
 from marc_jax import files, stage_settings, view_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import benchmarks
+from marc_jax.view_settings import unknown
 
 POOL = ("mean", "max")
 GROUPS = ("teacher", "baseline", "student")
@@ -38,6 +39,9 @@ def base() -> ConfigDict:
     `eval.limit` asks only so many of the held-out questions, the first (0: all).
     `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations
     (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
+    `watch`: every `samples` steps a table of `rows` completions, every `evaluate` steps an evaluation of `questions`
+    held-out questions through the stage's views and its teacher's (on files: the first of `file`); `profile_steps`
+    steps from step `profile` on under jax.profiler (0: none of it).
     `model.size` is the published size ("": what `init_from` holds); what is trained is kept in float32, the rest in
     `frozen_dtype`, activations in `dtype`; `remat` recomputes in the backward pass, see `models.qwen25_vl.bind`.
     """
@@ -69,6 +73,9 @@ def base() -> ConfigDict:
             "batch": 200, "apart": ("order",), "pictures": 6, "main": "", "teacher": "teacher", "rule": "training",
             "benchmark": "", "scoring": "videor1", "limit": 0,
         },
+        "watch": {
+            "samples": 0, "rows": 8, "evaluate": 0, "questions": 64, "file": "", "profile": 0, "profile_steps": 3,
+        },
     })  # fmt: skip
 
 
@@ -92,10 +99,10 @@ def published(folder: str) -> ConfigDict:
     c.model.update(dtype="bfloat16", frozen_dtype="bfloat16")
     c.mesh.update(data=1, fsdp=-1)
     c.data.fps = 2.0
-    c.views = ConfigDict({name: view_settings.view() for name in ("full", "whole", "marc", "per_event")})
+    c.views = ConfigDict({name: view_settings.view() for name in ("full", "whole", "marc", "per_event", "blind")})
     c.views.whole.method = c.views.marc.method = "merge"
     c.views.marc.select = c.views.per_event.select = "retrieve"
-    c.views.per_event.method = "per_event"
+    c.views.per_event.method, c.views.blind.select = "per_event", "none"
     c.eval.main, c.eval.arms = "published", ConfigDict({"published": arm()})
     c.eval.arms.published.view = "per_event"
     return c
@@ -162,10 +169,9 @@ def validate(config: ConfigDict) -> None:
         wrong.append(f"data.events = {events} must be (fewest, most)")
     if len(patches) != 2 or not 1 <= patches[0] <= patches[1]:
         wrong.append(f"data.patches = {patches} must be (shortest, longest) event in temporal patches")
-    if unknown := [name for name in config.only if name and name not in config.stages]:
-        wrong.append(f"only names {unknown[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
-    if config.encoder.pool not in POOL:
-        wrong.append(f"encoder.pool = {config.encoder.pool!r}: choose one of {', '.join(POOL)}")
+    if strange := [name for name in config.only if name and name not in config.stages]:
+        wrong.append(f"only names {strange[0]!r}, which is not one of the stages: {', '.join(config.stages)}")
+    wrong += unknown("encoder.pool", config.encoder.pool, POOL)
     if config.max_new_tokens < 1 or config.save_every < 1 or config.log_every < 1:
         wrong.append("max_new_tokens, save_every and log_every must be at least 1")
     for tower, sizes in (("vision", config.model.vision), ("text", config.model.text)):
@@ -175,11 +181,13 @@ def validate(config: ConfigDict) -> None:
     if config.model.text.num_heads % config.model.text.num_kv_heads:
         wrong.append("model.text.num_heads must be a multiple of num_kv_heads")
     wrong += [problem for name in config.views for problem in view_settings.problems(name, config.views[name])]
+    most = config.data.max_frames // 2 if on_files(config) else int(max(events) * max(patches))
+    wrong += view_settings.budget_problems(config.views, most)
     layers = config.model.text.num_layers
     wrong += _file_problems(config) if on_files(config) else view_settings.layer_problems(config.views, layers)
     for key, known in (("rule", RULES), ("scoring", benchmarks.RULES), ("benchmark", ("", *benchmarks.BENCHMARKS))):
-        if config.eval[key] not in known:
-            wrong.append(f"eval.{key} = {config.eval[key]!r}: choose one of {', '.join(filter(None, known))}")
+        wrong += unknown(f"eval.{key}", config.eval[key], known)
+    wrong += _watch_problems(config)
     if config.init_from and not stage_settings.holds_weights(config.init_from):
         wrong.append(f"init_from = {config.init_from!r} is not {stage_settings.WEIGHTS.replace('nor', 'or')}")
     done: list[str] = []
@@ -205,13 +213,9 @@ def _file_problems(config) -> list[str]:
         wrong.append(f"data.buckets = {data.buckets} must end with data.max_frames / 2 = {data.max_frames // 2}")
     if min(data.frame_tokens, data.question_tokens, data.answer_tokens) < 1 or data.fps <= 0:
         wrong.append("data.frame_tokens, question_tokens, answer_tokens and fps must be positive")
-    if data.tokens not in STORED:
-        wrong.append(f"data.tokens = {data.tokens!r}: choose one of {', '.join(STORED)}")
-    for key in ("dtype", "frozen_dtype"):
-        if config.model[key] not in stage_settings.DTYPES:
-            wrong.append(f"model.{key} = {config.model[key]!r}: choose one of {', '.join(stage_settings.DTYPES)}")
-    if config.model.remat not in REMAT:
-        wrong.append(f"model.remat = {config.model.remat!r}: choose one of {', '.join(map(repr, REMAT))}")
+    wrong += unknown("data.tokens", data.tokens, STORED)
+    for key, known in (("dtype", stage_settings.DTYPES), ("frozen_dtype", stage_settings.DTYPES), ("remat", REMAT)):
+        wrong += unknown(f"model.{key}", config.model[key], known)
     wrong += [problem for name, c in config.views.items() for problem in view_settings.file_problems(name, c)]
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
@@ -221,21 +225,29 @@ def _file_problems(config) -> list[str]:
     return wrong
 
 
+def _watch_problems(config) -> list[str]:
+    c, wrong = config.watch, []
+    if min(c.samples, c.evaluate, c.profile) < 0 or min(c.rows, c.questions, c.profile_steps) < 1:
+        wrong.append("watch: samples, evaluate and profile must not be negative, the others at least 1")
+    if c.evaluate and on_files(config) and not c.file:
+        wrong.append("watch.evaluate on files needs watch.file, a file of questions that no stage trains on")
+    return wrong
+
+
 def _arm_problems(config, name: str, done: list[str]) -> list[str]:
     c, wrong = config.eval.arms[name], []
     if c.stage not in done and (c.stage or not on_files(config)):
         wrong.append(f"eval.arms.{name}.stage = {c.stage!r} is not one of the stages")
     if c.view not in config.views:
         wrong.append(f"eval.arms.{name}.view = {c.view!r} is not one of config.views")
-    if c.group not in GROUPS:
-        wrong.append(f"eval.arms.{name}.group = {c.group!r}: choose one of {', '.join(GROUPS)}")
-    return wrong
+    return wrong + unknown(f"eval.arms.{name}.group", c.group, GROUPS)
 
 
 def _trained_views(c: dict) -> dict:
     """The views that stages of this config look through, with the defaults of keys that came after it was written."""
     stages = [c[name] for name in c["stages"] if name in c]
     names = {stage.get(field, "") for stage in stages for field in ("view", "teacher_view")}
+    names |= {name for stage in stages for name in stage.get("ladder", ())}
     defaults = json.loads(configs.to_json(view_settings.view()))
     return {name: defaults | c["views"][name] for name in names if name in c["views"]}
 
@@ -252,7 +264,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         for c in (before, now):
             for name in ("test", "root", "skip_bad", "workers", "memory", "keep_decoded"):
                 c["data"].pop(name, None)
-            for name in ("log_every", "save_every", "eval", "encoder", "title", "only"):
+            for name in ("log_every", "save_every", "eval", "encoder", "title", "only", "watch"):
                 c.pop(name, None)
             c["views"] = _trained_views(c)
         if before != now:

@@ -72,12 +72,15 @@ def train(config, workdir: Path) -> None:
             if any(config.only) and name not in config.only:
                 continue
             begun = time.monotonic()
+            watch = here.watch = watched(here, name)
             first, draw, step_fn, trainable = stages.build(here, name)
+            draw, step_fn = watch.drawing(draw), watch.around(step_fn, first)
             skip = config[name].optimizer.skip
             pace = loop.Pace(config[name].steps, config.log_every, config.save_every, skip=skip)
             meta = {"trainable": list(trainable), "init": config[name].init, "model": weights.hf_config(here.cfg)}
             told = functools.partial(stages.samples, here, name)
-            state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
+            with watch:
+                state, _ = loop.fit(name, workdir, first, draw, step_fn, pace, stop=stop, meta=meta, samples=told)
             if config[name].kind == "retriever":
                 here.use_retriever(optim.unflatten(state.params), config[name].init)
             timings[name] = time.monotonic() - begun
@@ -89,6 +92,20 @@ def train(config, workdir: Path) -> None:
     elif wanted:
         with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
             experiment.report_on(here, timings, started)
+
+
+def watched(here, name: str):
+    """What watches stage `name` of a run, as config.watch says."""
+    from marc_jax.evaluation.during import During
+    from marc_jax.watch import Watch
+
+    how, kind = here.config.watch, here.config[name].kind
+    evaluated = how.evaluate if kind != "retriever" else 0
+    return Watch(
+        here.workdir / name, every=here.config.log_every, samples=how.samples, rows=how.rows,
+        evaluate=functools.cache(functools.partial(During, here, name)), evaluate_every=evaluated,
+        profile=(how.profile, how.profile_steps),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,25 +12,31 @@ METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", 
 ONE_SIZE = ("pooled", "pooled_tokens", *SCENIC)  # methods for videos of one size alone
 
 
+def unknown(key: str, value, known) -> list[str]:
+    """[what is wrong with the value of a key that takes one of `known`], or []."""
+    show = repr if "" in known else str
+    return [] if value in known else [f"{key} = {value!r}: choose one of {', '.join(map(show, known))}"]
+
+
 def view() -> ConfigDict:
     c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
-    c.update(represent="mean", rule=None, adaptive=False, tokens=None, ladder=LADDER)
-    c.update(share=None, shrink=1, apart=1, seed=0, layer=2)
+    c.update(represent="mean", rule=None, adaptive=False, tokens=None, budgets=LADDER)
+    c.update(share=None, shrink=1, apart=1, seed=0, layer=2, tell="")
     return c
 
 
 def problems(name: str, c) -> list[str]:
-    wrong = []
-    if c.select not in SELECT:
-        wrong.append(f"views.{name}.select = {c.select!r}: choose one of {', '.join(SELECT)}")
-    if c.method not in METHOD:
-        wrong.append(f"views.{name}.method = {c.method!r}: choose one of {', '.join(METHOD)}")
+    wrong = unknown(f"views.{name}.select", c.select, SELECT) + unknown(f"views.{name}.method", c.method, METHOD)
+    try:
+        c.tell.format(patches=0, tokens=0)
+    except (ValueError, LookupError):
+        wrong.append(f"views.{name}.tell = {c.tell!r}: may hold {{patches}} and {{tokens}}, and no other braces")
     if c.method == "per_event" and c.select != "retrieve":
         wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
     if min(c.k, c.keep, c.shrink, c.apart, c.layer) < 1:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
-    if not c.ladder or any(a >= b for a, b in zip((0, *c.ladder), c.ladder, strict=False)):
-        wrong.append(f"views.{name}.ladder = {c.ladder}: rising numbers of tokens")
+    if not c.budgets or any(a >= b for a, b in zip((0, *c.budgets), c.budgets, strict=False)):
+        wrong.append(f"views.{name}.budgets = {c.budgets}: rising numbers of tokens")
     if c.adaptive and c.method != "merge":
         wrong.append(f"views.{name}.adaptive shares the budget of a merge: method must be 'merge', not {c.method!r}")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):
@@ -45,6 +51,16 @@ def problems(name: str, c) -> list[str]:
         if c.select in ("random", "none"):
             wrong.append(f"views.{name}: select {c.select!r} has a size of its own, it takes no share")
     return wrong
+
+
+def budget_problems(views, patches: int) -> list[str]:
+    """Of views that read more than a video of so many temporal patches can have."""
+    return [
+        f"views.{name}.{key} = {c[key]} is above the {patches} temporal patches that a video can have"
+        for name, c in views.items()
+        for key, budget in (("keep", c.method == "merge"), ("k", c.select in SELECTORS and c.share is None))
+        if budget and c[key] > patches
+    ]  # fmt: skip
 
 
 def file_problems(name: str, c) -> list[str]:

@@ -28,7 +28,14 @@ def get_config():
         "vision": {{"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}},
         "text": {{"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 16}},
     }}
-    c.stages = ("clips", "teacher", "retriever", "sft", "distill", "cgrpo")
+    c.stages = ("clips", "teacher", "retriever", "sft", "distill", "cgrpo", "taught")
+    c.taught = {{"kind": "distill", "init": "teacher", "view": "whole", "types": ("total",), "on_policy": False}}
+    c.taught.update(divergence="text", ladder=("per_event",))
+    for key in c.taught.view, *c.taught.ladder:
+        c.views[key].tell = "{{patches}} "
+    c.cgrpo.rewards = ("accuracy", "tests.rewards:letters", "tests.rewards:broken")
+    c.cgrpo.reward_weights, c.cgrpo.bonus = (1.0, 0.5, 1.0), {{"length": 0.2, "length_range": (1, 14)}}
+    c.watch = {{"samples": 1, "rows": 2, "evaluate": 3, "questions": 4}}
     c.clips = {{"kind": "sft", "visual": "pixels", "events": (1, 1), "types": ("colour", "count"), "videos": 4}}
     c.clips.update(questions=2, steps=3, trainable=(".*",))
     c.teacher.init = "clips"
@@ -59,7 +66,7 @@ def start(repo, folder: pathlib.Path, entry: str, *arguments: str, config: bool 
     command = [sys.executable, "-m", f"marc_jax.{entry}", *([f"--config={folder / 'tiny.py'}"] if config else [])]
     environment = {**os.environ, "XLA_FLAGS": flags}
     return subprocess.run(
-        [*command, *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=500
+        [*command, *arguments], cwd=repo, env=environment, capture_output=True, text=True, timeout=900
     )
 
 
@@ -68,11 +75,30 @@ def lines(path: pathlib.Path) -> list[dict]:
 
 
 def test_every_stage_leaves_metrics_and_a_checkpoint(place):
-    for stage in ("clips", "teacher", "retriever", "sft", "distill", "cgrpo"):
+    for stage in ("clips", "teacher", "retriever", "sft", "distill", "cgrpo", "taught"):
         rows = lines(place / "run" / stage / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         assert all(row["loss"] is not None for row in rows), stage
         assert list((place / "run" / stage / "checkpoints").glob("step_*/manifest.json"))
+
+
+def test_a_stage_can_be_watched(place):
+    run = place / "run"
+    told, speed = (lines(run / "cgrpo" / name)[-1] for name in ("metrics.jsonl", "speed.jsonl"))
+    assert told["rewards/failed"] == pytest.approx(1 / 3) and told["rewards/letters/mean"] > 0
+    assert {"eval/marc/accuracy", "eval/full/accuracy", "retention/eta_1.0", "completions/max_length"} <= set(told)
+    assert told["eval/full/tokens"] > told["eval/marc/tokens"] == 4
+    phases = ("step", "decode", "retrieve", "rollout", "teacher", "reward", "update")
+    assert all(speed[f"speed/{phase}_seconds"] > 0 for phase in phases) and speed["speed/tokens_per_second"] > 0
+    failed = lines(run / "cgrpo" / "reward_failures.jsonl")
+    assert failed[0]["reason"] == "raised RuntimeError: no judge today" and failed[0]["step"] == 1
+    sampled = lines(run / "cgrpo" / "samples" / "samples.jsonl")
+    assert [row["step"] for row in sampled] == [1, 1, 2, 2, 3, 3, 3, 3] and "a_full" in sampled[0]
+    assert "<table>" in (run / "cgrpo" / "samples" / "samples.html").read_text()
+    ladder = lines(run / "taught" / "metrics.jsonl")
+    assert ["ladder/whole/loss" in row for row in ladder] == [True, False, True]
+    assert ladder[2]["eval/per_event/tokens"] == 12.0
+    assert lines(run / "taught" / "samples" / "samples.jsonl")[0]["prompt"]
 
 
 def test_the_report_is_whole(place):

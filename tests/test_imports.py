@@ -32,7 +32,7 @@ PURE = (
     "marc_jax.evaluation.benchmarks",
 )
 FORBIDDEN = ("tensorflow", "torch", "transformers", "clu", "pickle", "dill", "joblib", "yaml")
-ENTRIES = ("marc_jax.train", "marc_jax.eval", "marc_jax.index", "marc_jax.index_with_beam", "marc_jax.ask")
+ENTRIES = tuple(f"marc_jax.{name}" for name in "train eval index index_with_beam ask precompute".split())
 # Between the maths and the entries: each room and all that it may import.
 ABOVE = {
     "marc_jax.baselines.fastv": ("marc_jax.baselines", "marc_jax.rl.rollout", "marc_jax.rl.types"),
@@ -65,7 +65,14 @@ ABOVE = {
     "marc_jax.records": ("data_pipelines", "marc_jax"),
     "marc_jax.synthetic": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
+    "marc_jax.stage_parts": ("data_pipelines", "marc_jax"),
+    "marc_jax.distill": ("data_pipelines", "marc_jax"),
+    "marc_jax.cgrpo": ("data_pipelines", "marc_jax"),
+    "marc_jax.grades": ("marc_jax.rl", "marc_jax.run", "marc_jax.sharding", *FOUNDATION),
+    "marc_jax.samples": ("marc_jax.metrics", *FOUNDATION),
+    "marc_jax.watch": ("marc_jax.metrics", "marc_jax.samples", *FOUNDATION),
     "marc_jax.evaluation.run": ("data_pipelines", "marc_jax"),
+    "marc_jax.evaluation.during": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.experiment": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.harness": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.grounding": ("data_pipelines", "marc_jax"),
@@ -143,7 +150,8 @@ def test_experiments_import_only_ml_collections():
 @pytest.mark.parametrize("name", PURE)
 def test_pure_maths_know_only_each_other(name):
     for module, path in modules(name.replace(".", "/")).items():
-        assert_none(strangers(module, path, (*PURE, "marc_jax.hopper", "marc_jax.rl.types")))
+        allowed = (*PURE, "marc_jax.hopper", "marc_jax.rl.types", "marc_jax.sharding")
+        assert_none(strangers(module, path, allowed))
         assert_none(offences({module: path}, lambda m: within(m, ("flax", "optax", "orbax", "grain", "cv2", "av"))))
 
 
@@ -183,9 +191,10 @@ def test_rooms_above_the_maths_know_only_what_they_build_on(name):
 
 def test_what_runs_share_knows_neither_stages_nor_evaluation():
     above = ("marc_jax.stages", "marc_jax.loop", "marc_jax.evaluation")
-    for name in ("run", "records", "synthetic"):
+    for name in ("run", "records", "synthetic", "grades", "samples", "watch"):
         assert_none(offences(modules(f"marc_jax/{name}"), lambda m: within(m, above)))
-    assert_none(offences(modules("marc_jax/stages"), lambda m: within(m, above[1:])))
+    for name in ("stages", "stage_parts", "distill", "cgrpo"):
+        assert_none(offences(modules(f"marc_jax/{name}"), lambda m: within(m, above[1:])))
 
 
 def test_reports_are_drawn_without_models_or_training():

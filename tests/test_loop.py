@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, stages, state
+from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, stage_parts, state
 
 TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
 PACE = loop.Pace(steps=6, log_every=2, save_every=2)
@@ -181,7 +181,7 @@ def test_steps_left_out_are_written_once_however_often_the_run_goes_over_them(tm
 
 def test_the_old_state_gives_its_memory_to_the_new_one(tmp_path):
     whole, begin = fit(tmp_path / "kept"), fresh()
-    donating = stages._jit(step_fn, begin)
+    donating = stage_parts.jit(step_fn, begin)
     got = loop.fit("toy", tmp_path / "given", begin, draw, donating, PACE)[0]
     assert all(x.is_deleted() for x in jax.tree.leaves(begin))
     np.testing.assert_array_equal(got.params["w"], whole.params["w"])

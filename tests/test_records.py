@@ -88,7 +88,7 @@ def start(repo, folder: pathlib.Path, entry: str, *arguments: str):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     command = [sys.executable, "-m", f"marc_jax.{entry}", f"--config={folder / 'tiny.py'}", *arguments]
     environment = {**os.environ, "XLA_FLAGS": flags}
-    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -117,6 +117,17 @@ def test_a_resumed_stage_gives_the_same_losses(trained, place, repo):
     again = start(repo, place, "train", f"--workdir={trained}", "--config.only=('sft',)")
     assert again.returncode == 0, again.stderr[-3000:]
     assert lines(trained / "sft" / "metrics.jsonl") == before
+
+
+def test_the_teacher_can_be_asked_beforehand(trained, place, repo):
+    """The questions that training met are not asked again; the rest come by the same rollouts in any batch."""
+    before = lines(trained / "teacher.jsonl")
+    done = start(repo, place, "precompute", f"--workdir={trained}", "--stage=cgrpo")
+    assert done.returncode == 0 and "5 questions in " in done.stderr, done.stderr[-3000:]
+    after = lines(trained / "teacher.jsonl")
+    assert after[: len(before)] == before and len(after) == len({row["sample"] for row in after}) == 5
+    refused = start(repo, place, "precompute", f"--workdir={trained}", "--stage=sft")
+    assert refused.returncode == 2 and "config.sft compares with no frozen teacher" in refused.stderr
 
 
 def test_eval_and_export(trained, place, repo):

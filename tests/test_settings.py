@@ -1,5 +1,6 @@
 """Settings may not import jax, so they repeat names of the rooms that do: both must say the same."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from marc_jax import config, settings, stage_settings, stages, view_settings
 from marc_jax.evaluation import experiment
 from marc_jax.memory import choose, encoders, view
-from marc_jax.rl import parity
+from marc_jax.rl import advantages, loss, parity, rewards, step
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
@@ -20,6 +21,15 @@ def test_settings_know_the_names_of_the_rooms_they_may_not_import():
     assert view_settings.WATCHERS == tuple(choose.WATCHERS)
     assert settings.POOL == encoders.POOLS
     assert stage_settings.PARITY == parity.FAMILIES
+    assert stage_settings.DIVERGENCE == step.KINDS
+    assert stage_settings.LOSS["kl"] == loss.KL_ESTIMATORS and stage_settings.LOSS["aggregation"] == loss.AGGREGATIONS
+    fields = {field.name for field in dataclasses.fields(loss.LossConfig)}
+    assert set(stage_settings.LOSS) == fields - {"kl_coef", "count_empty"}  # beta, skip_dead
+    fields = {field.name for field in dataclasses.fields(advantages.AdvantageConfig)}
+    assert set(stage_settings.ADVANTAGE) == fields - {"scale"}
+    fields = {field.name: field.default for field in dataclasses.fields(rewards.RetentionConfig)}
+    stage = stage_settings.stage("cgrpo")
+    assert fields == {"alpha": stage.alpha, "tau": stage.tau, **stage.retention.to_dict()}
     assert sorted(settings.GROUPS) == sorted(experiment.GROUP_ORDER)
     assert set(view_settings.view()) == {field.name for field in view.dataclasses.fields(view.View)}
     assert set(stage_settings.KINDS) == {*stages.KINDS, "encoder"}  # of contrastive
@@ -33,7 +43,7 @@ def test_every_kind_of_stage_has_its_keys(kind):
 def test_an_unknown_kind_is_one_line_with_the_known_ones(tmp_path):
     path = tmp_path / "e.py"
     path.write_text("def get_config():\n    return {'stages': ('a',), 'a': {'kind': 'dpo'}}\n")
-    with pytest.raises(config.ConfigError, match="config.a.kind is 'dpo'; known: sft, retriever, distill, cgrpo"):
+    with pytest.raises(config.ConfigError, match="config.a.kind is 'dpo'; known: sft, retriever, distill, cgrpo, grpo"):
         settings.experiment(str(path), [])
 
 
@@ -95,7 +105,7 @@ def test_what_a_c_grpo_stage_cannot_do_is_one_line(repo, change, words):
     [
         ("distill.divergence=hinge", "distill.divergence = 'hinge': choose one of reverse, forward, jsd, sampled"),
         ("sft.records=100", "sft.records = 100 must be a multiple of sft.videos = 64"),
-        ("views.full.ladder=(8,4)", "views.full.ladder = (8, 4): rising numbers of tokens"),
+        ("views.full.budgets=(8,4)", "views.full.budgets = (8, 4): rising numbers of tokens"),
     ],
 )
 def test_a_divergence_records_or_ladder_that_cannot_be_is_one_line(repo, change, words):
@@ -105,11 +115,9 @@ def test_a_divergence_records_or_ladder_that_cannot_be_is_one_line(repo, change,
 
 
 def test_adapters_alone_train_above_the_teacher_only_where_both_start_alike(repo):
-    read = lambda *more: (
-        settings.experiment(  # noqa: E731
-            str(repo / "experiments" / "quickstart.py"), ["--config.cgrpo.lora.rank=4", *more]
-        ).cgrpo
-    )
+    read = lambda *more: settings.experiment(  # noqa: E731
+        str(repo / "experiments" / "quickstart.py"), ["--config.cgrpo.lora.rank=4", *more]
+    ).cgrpo
     assert stage_settings.trainable(read()) == () and stage_settings.teacher_within(read())
     whole = read("--config.cgrpo.lora.whole=('vision/merger/.*',)")
     assert stage_settings.trainable(whole) == ("vision/merger/.*",) and not stage_settings.teacher_within(whole)

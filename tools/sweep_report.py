@@ -195,7 +195,7 @@ def equal_table(packed: Packed, config) -> list[str]:
 
 def rivals(config) -> dict[str, list[str]]:
     """{arm with an adaptive budget: arms of the same stage that look the same way with fixed ones}."""
-    sizes = ("k", "keep", "rule", "adaptive", "ladder")
+    sizes = ("k", "keep", "rule", "adaptive", "budgets")
     views = {name: view.to_dict() for name, view in config.views.items()}
     looks = {name: {k: v for k, v in view.items() if k not in sizes} for name, view in views.items()}
     adapts = {name: bool(view["rule"] or view["adaptive"]) for name, view in views.items()}

@@ -11,13 +11,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from marc_jax import optim, settings, sharding, stage_settings, state
+from marc_jax import cgrpo, optim, settings, sharding, stage_settings, state
 from marc_jax.memory import view as views
-from marc_jax.memory.view import View, Visual
+from marc_jax.memory.view import SELECTORS, View, Visual
 from marc_jax.models import lora, qwen25_vl
 from marc_jax.rl import rollout, step
 from marc_jax.rl.loss import LossConfig
-from marc_jax.rl.parity import parity
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import Completions, PromptBatch
 from tools.compile_for_tpu import Program
@@ -27,6 +26,7 @@ TRAINABLE = ("text/.*", "vision/merger/.*")
 FULL = {"patches": 32, "grid": (18, 18), "prompt": 32 * 81 + 122}
 MERGED = {"patches": 8, "grid": (22, 22), "prompt": 121 + 122}
 GROUP, NEW = 8, 256
+EMBEDDING, BANK = 1024, 16384  # width of an encoder's embeddings; temporal patches of a synthetic training set
 
 
 class Shapes:
@@ -61,6 +61,13 @@ class Shapes:
         differ = views.Shapes(rows((b,)), rows((b,)), rows((b,), jnp.float32)) if varied else None
         chosen = rows((b, s, n, c), dtype), rows((b, s), bool), rows((b, s)), rows((b, s), jnp.float32)
         return Visual(*chosen, rows((b,)), differ)
+
+    def index(self, b, t, e, d, *, varied: bool = False) -> views.VideoIndex:
+        """Videos of `t` temporal patches in `e` events with embeddings of width `d`."""
+        rows = self.rows
+        differ = views.Shapes(rows((b,)), rows((b,)), rows((b,), jnp.float32)) if varied else None
+        patches, events = (rows((b, t)), rows((b, t), bool), rows((b, t))), (rows((b, e)), rows((b, e)))
+        return views.VideoIndex(*patches, *events, rows((b, e), bool), rows((b, e, d), jnp.float32), differ)
 
     def completions(self, b, g, r) -> Completions:
         shape = (b, g, r)
@@ -181,7 +188,11 @@ def _training(cfg, shapes: Shapes, b: int, chunk, bind: dict):
 
 
 def of_experiment(path: str, overrides, attention: str, devices):
-    """(mesh, {stage: () -> Program}, notes) of an experiment's SFT, distillation and C-GRPO stages."""
+    """(mesh, {name: () -> Program}, notes) of an experiment.
+
+    Of each stage that trains the model: the update, what chooses its patches, rollouts and the teacher's answers; and
+    the evaluation's answers through each view.
+    """
     from data_pipelines.synthetic import vocabulary
     from marc_jax import run
 
@@ -202,11 +213,14 @@ def of_experiment(path: str, overrides, attention: str, devices):
     made = {}
     for name in names:
         case = Case(here, config[name], shapes, attention)
-        made[name] = case.update
+        made |= {name: case.update, f"{name}_retrieve": case.retrieve}
         if config[name].kind != "sft":
-            made |= {f"{name}_rollout": case.rollout, f"{name}_teacher": case.teacher}
-        if config[name].kind == "distill":
-            del made[f"{name}_teacher"]  # it judges inside the update
+            made[f"{name}_rollout"] = case.rollout
+        if stage_settings.asks_teacher(config[name]):  # elsewhere it judges inside the update
+            made[f"{name}_teacher"] = case.teacher
+    for view in dict.fromkeys(config.eval.arms[arm].view for arm in config.eval.arms) if names else ():
+        if here.view(view).method != "fastv" and here.view(view).select not in SELECTORS:
+            made[f"evaluate_{view}"] = functools.partial(case.evaluate, view)
     return mesh, made, notes(here.cfg, mesh)
 
 
@@ -232,19 +246,23 @@ class Case:
             how = here.decoding(stage.temperature) if here.tokenizer else _sampling(here.cfg)
             self.how = dataclasses.replace(how, max_new=here.config.max_new_tokens, temperature=stage.temperature)
 
-    def seen(self, name: str, rest: int):
-        """(encode, prompt, visual) of a view; `rest`: tokens of a prompt behind its visual ones."""
+    def seen(self, name: str, rest: int, b: int = 0):
+        """(encode, prompt, visual) of a view; `rest`: tokens of a prompt behind its visual ones; `b`: videos."""
         here, stage, sizes = self.here, self.stage, self.here.sizes
         view, varied = here.view(name), settings.on_files(here.config)
-        per_patch, b = here.grid_hw[0] * here.grid_hw[1], stage.videos
-        width, dtype = (self.cfg.vision.patch_dim, jnp.uint8)
-        if stage.visual == "features":
-            width, dtype = self.cfg.vision.hidden_size, jnp.bfloat16 if varied else jnp.float32
+        per_patch, b = here.grid_hw[0] * here.grid_hw[1], b or stage.videos
+        width, dtype = self._patch()
         count = view.patches(sizes.patches, sizes.event)
         visual = self.shapes.visual(b, count, per_patch, width, dtype, varied=varied)
         length = sizes.lead + view.kept(sizes.patches, sizes.event) * per_patch // 4 + rest
         encode = views.make_encode(view, here.grid_hw, here.time_scale)
         return encode, self.shapes.prompt(b, length), visual
+
+    def _patch(self):
+        """(width, dtype) of one row of a temporal patch: raw, or the tower's features."""
+        if self.stage.visual == "pixels":
+            return self.cfg.vision.patch_dim, jnp.uint8
+        return self.cfg.vision.hidden_size, jnp.bfloat16 if settings.on_files(self.here.config) else jnp.float32
 
     def update(self) -> Program:
         stage, sizes, shapes, b = self.stage, self.here.sizes, self.shapes, self.stage.videos
@@ -252,18 +270,17 @@ class Case:
         if stage.kind == "sft":
             look, *batch = self.seen(stage.view, 0)
             make = step.make_sft_step(self.cfg, look, self.tx, **many)
-            return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.question + sizes.answer))
-        look, *batch = self.seen(stage.view, sizes.question)
+            return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.asked + sizes.answer))
+        look, *batch = self.seen(stage.view, sizes.asked)
         done = shapes.completions(b, stage.group, self.how.max_new)
         teacher = None if stage_settings.teacher_within(stage) else shapes.params(self.frozen)
-        if stage.kind == "cgrpo":
-            losses = parity(stage.parity, kl_coef=stage.beta)[1]
-            losses = dataclasses.replace(losses, count_empty=losses.count_empty and not stage.skip_dead)
+        if stage.kind in stage_settings.GROUPED:
+            losses = cgrpo.numerics(stage)[1]
             more = {"iterations": stage.iterations, "skip": stage.skip_dead}
             make = step.make_grpo_step(self.cfg, look, self.tx, self.how, losses, **more, **many)
             gains = shapes.rows(done.mask_bgr.shape if stage.credit else (b, stage.group), jnp.float32)
-            return self._program(make, step.GRPOBatch(*batch, done, gains), teacher)
-        look_full, *full = self.seen(stage.teacher_view, sizes.question)
+            return self._program(make, step.GRPOBatch(*batch, done, gains), *([teacher] if stage.beta else []))
+        look_full, *full = self.seen(stage.teacher_view, sizes.asked)
         make = step.make_distill_step(self.cfg, look, look_full, self.tx, self.how, **many)
         return self._program(make, step.DistillBatch(*batch, *full, done), teacher)
 
@@ -274,13 +291,37 @@ class Case:
 
         return Program(keep_state(run, self.state), (self.state, *others), (0,))
 
+    def retrieve(self) -> Program:
+        """The choice of temporal patches, by the question's embedding where the view retrieves."""
+        here, b = self.here, self.stage.videos
+        view, sizes, varied = here.view(self.stage.view), here.sizes, settings.on_files(here.config)
+        per_patch, (width, dtype) = here.grid_hw[0] * here.grid_hw[1], self._patch()
+        bank = self.shapes.rows((b, sizes.patches, per_patch, width), dtype)
+        if not varied:  # every training patch, on every chip
+            place = sharding.replicated(self.shapes.mesh)
+            bank = jax.ShapeDtypeStruct((BANK, per_patch, width), dtype, sharding=place)
+        index = self.shapes.index(b, sizes.patches, sizes.events, EMBEDDING, varied=varied)
+        query = self.shapes.rows((b, EMBEDDING), jnp.float32)
+        return Program(
+            lambda index, query, bank: views.select(view, index, query, bank, sizes.event, jax.random.key(0)),
+            (index, query, bank),
+        )  # fmt: skip
+
+    def evaluate(self, view: str) -> Program:
+        """Greedy answers through a view of config.eval, so many questions at once."""
+        ways = self.shapes.mesh.shape["data"] * self.shapes.mesh.shape["fsdp"]
+        questions = -(-self.here.config.eval.batch // ways) * ways
+        how = self.how or dataclasses.replace(_sampling(self.cfg), max_new=self.here.config.max_new_tokens)
+        how = dataclasses.replace(how, temperature=0.0)
+        return self._sampling(view, self.shapes.params(self.frozen), 1, how, questions)
+
     def rollout(self) -> Program:
         return self._sampling(self.stage.view, optim.join(self.state.params, self.state.frozen), self.stage.group)
 
     def teacher(self) -> Program:
         return self._sampling(self.stage.teacher_view, self.shapes.params(self.frozen), self.stage.teacher_group)
 
-    def _sampling(self, view: str, params, group: int) -> Program:
-        look, *batch = self.seen(view, self.here.sizes.question)
-        sample = step.make_sampler(self.cfg, look, self.how, **self.bind)
-        return Program(sample, (params, *batch, self.shapes.keys(self.stage.videos, group)))
+    def _sampling(self, view: str, params, group: int, how=None, b: int = 0) -> Program:
+        look, *batch = self.seen(view, self.here.sizes.asked, b)
+        sample = step.make_sampler(self.cfg, look, how or self.how, **self.bind)
+        return Program(sample, (params, *batch, self.shapes.keys(b or self.stage.videos, group)))

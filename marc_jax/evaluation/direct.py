@@ -13,17 +13,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from data_pipelines import sources
-from marc_jax import records, settings, view_settings
+from marc_jax import records, settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import run
 from marc_jax.evaluation.harness import surroundings
+from marc_jax.view_settings import unknown
 
-VIEWS = {
-    "full": {"select": "all", "method": "keep"},
-    "marc": {"select": "retrieve", "method": "merge", "k": 3, "keep": 1},
-    "whole": {"select": "all", "method": "merge", "keep": 1},
-    "blind": {"select": "none", "method": "keep"},
-}
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -37,29 +32,28 @@ class Direct:
     ):  # fmt: skip
         """Args:
         checkpoint: a folder of published weights, of a converted checkpoint, or of a training stage.
-        view: one of VIEWS; "marc" retrieves and needs `encoder`, a folder of PE-Core or SigLIP 2 weights.
+        view: one of `settings.published`; "marc" and "per_event" retrieve and need `encoder`, a folder of PE-Core or
+          SigLIP 2 weights.
         fps, max_frames, frame_tokens: how frames are taken; question_tokens: the longest text.
 
         Raises ConfigError, WeightsError, TokenizerError: one line.
         """
-        if view not in VIEWS:
-            raise ConfigError(f"view {view!r}: choose one of {', '.join(VIEWS)}")
-        if VIEWS[view]["select"] == "retrieve" and not encoder:
+        config = settings.published(str(checkpoint)).unlock()
+        if wrong := unknown("view", view, tuple(config.views)):
+            raise ConfigError(*wrong)
+        if config.views[view].select == "retrieve" and not encoder:
             raise ConfigError(f"view {view!r} retrieves: name an encoder's folder")
         buckets = tuple(dict.fromkeys(max(max_frames // 2 // d, 1) for d in (8, 4, 2, 1)))
-        config = settings.base().unlock()
-        views = {"it": {**view_settings.view(), **VIEWS[view]}}
-        config.update({"stages": (), "init_from": str(checkpoint), "views": views})
         config.data.update(test="questions asked one by one", root=os.sep, fps=fps, max_frames=max_frames)
         config.data.update(frame_tokens=frame_tokens, question_tokens=question_tokens, buckets=buckets)
         config.model.update(dtype=dtype, frozen_dtype=dtype)
-        config.mesh.update(data=-1)
+        config.mesh.update(data=-1, fsdp=1)
         config.encoder.path, config.eval.batch = encoder, batch
         config.eval.arms, config.eval.claims = ConfigDict(), ConfigDict()
         settings.validate(config)
         Path(workdir).mkdir(parents=True, exist_ok=True)
         self.here = surroundings(config, Path(workdir))
-        self.params = self.here.parameters("")
+        self.params, self.view = self.here.parameters(""), view
 
     def answer(self, questions: Sequence[tuple[str, str]], max_new_tokens: int = 128) -> list[str]:
         """One text per (question, file).
@@ -74,7 +68,7 @@ class Direct:
         lengths = test.lengths()
         order = sorted(range(len(asked)), key=lambda i: (lengths[i][0], len(asked[i].problem)))
         said = [""] * len(asked)
-        for chosen, rows in run.answers(self.here, self.params, "it", "features", test, "answers", order):
+        for chosen, rows in run.answers(self.here, self.params, self.view, "features", test, "answers", order):
             for i, row in zip(chosen, rows, strict=True):
                 said[i] = row["completion"]
         return said

@@ -188,8 +188,9 @@ def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet |
         for chosen, real in _batches(np.asarray(order), run.config.eval.batch):
             asked = test.asked(chosen)
             index, sizes = asked.index(), asked.sizes
-            texts, lengths = [text for row in asked.texts_bg for text in row], index.mask_bt.sum(1)
-            prompt = run.prompter.whole(texts, view.kept(sizes.patches, most), lengths, sizes, asked.shapes)
+            kept, lengths = view.kept(sizes.patches, most), index.mask_bt.sum(1)
+            texts = [text for row in asked.told_bg(view, kept, run.prompter.tokens_per_patch) for text in row]
+            prompt = run.prompter.whole(texts, kept, lengths, sizes, asked.shapes)
             inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
             own, *inputs, prompt, ids_b = run.split(asked.bank, *inputs)
             looked_at = (bank if own is None else own, emb, *inputs)

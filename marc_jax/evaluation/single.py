@@ -181,8 +181,10 @@ class Answerer:
         entry, prompter = join(entries, query[0]), self.here.prompter
         sizes = self._sizes(entry, question)
         index, kept = _videos(entry, sizes).index(sizes), self.view.kept(sizes.patches, sizes.event)
-        length = -(-(kept * prompter.tokens_per_patch + sizes.question) // 16) * 16
-        prompt = prompter.prompts([question], kept, index.mask_bt.sum(1), length)
+        said = self.view.told(kept, prompter.tokens_per_patch)
+        told = len(self.here.tokenizer.encode(said))
+        length = -(-(kept * prompter.tokens_per_patch + told + sizes.question) // 16) * 16
+        prompt = prompter.prompts([said + question], kept, index.mask_bt.sum(1), length)
         return Laid(index, self._bank(entry, clips, sizes), sizes, prompt)
 
     def _from_files(self, question: str, query: np.ndarray, entries: Mapping[str, store.MemoryEntry], clips) -> Laid:
@@ -193,7 +195,8 @@ class Answerer:
             raise ConfigError(f"--question: {problem['reason']}")
         asked = records.Records(self.here, [record], entries, query, self._style).asked([0])
         index, sizes, kept = asked.index(), asked.sizes, self.view.kept(asked.sizes.patches, asked.sizes.event)
-        prompt = self.here.prompter.whole(*asked.texts_bg, kept, index.mask_bt.sum(1), sizes, asked.shapes)
+        texts_bg = asked.told_bg(self.view, kept, self.here.prompter.tokens_per_patch)
+        prompt = self.here.prompter.whole(*texts_bg, kept, index.mask_bt.sum(1), sizes, asked.shapes)
         return Laid(index, asked.bank, sizes, prompt)
 
     def _sizes(self, entry: store.MemoryEntry, question: str) -> Sizes:

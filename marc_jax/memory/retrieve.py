@@ -209,6 +209,8 @@ def _ordered_sum(query_d, emb_d):
     part_d = jnp.clip(emb_d.astype(jnp.float32) * query_d.astype(jnp.float32), -limit, limit)
     part_d = jnp.pad(part_d, [(0, 0)] * (part_d.ndim - 1) + [(0, -part_d.shape[-1] % STRIDE)])
     part_l = sum(part_d[..., i : i + STRIDE] for i in range(0, part_d.shape[-1], STRIDE))
+    # Written out before they are added up: fused, each thread of a GPU would read half a row on its own, and slowly.
+    part_l = lax.optimization_barrier(part_l)
     while (half := part_l.shape[-1] // 2) > 0:
         part_l = part_l[..., :half] + part_l[..., half:]
     return part_l[..., 0]
@@ -346,8 +348,7 @@ def _score_again(query_qd, owner_q, rows, ids_qc, k):
         open_qc &= mask_qc
     if owner_qc is not None:
         open_qc &= (owner_q[:, None] < 0) | (owner_q[:, None] == owner_qc)
-    # Without the barrier XLA computes the sums twice on a GPU, once for each number that the sort reads.
-    return rank(lax.optimization_barrier(jnp.where(open_qc, score_qc, -jnp.inf)), ids_qc, k)
+    return rank(jnp.where(open_qc, score_qc, -jnp.inf), ids_qc, k)
 
 
 def rank(score_qc, ids_qc, k):

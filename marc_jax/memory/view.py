@@ -47,7 +47,7 @@ class View:
       rule: None, always k events; "mass" or "gap", fewer where the scores say so (`retrieve.enough`).
       adaptive: "merge" to as many patches as the video deserves, 1..keep on a ladder, shared among its events by what
         changes in them and how long they are, in place of `in_event`.
-      ladder: its budgets in visual tokens.
+      budgets: its ladder, in visual tokens.
       tokens: most visual tokens read, for budgets below a whole patch; the least telling are masked.
       share: the part of the whole video's tokens that is read, in thousandths; in place of k single patches, `keep` and
         `tokens`. Methods that keep whole patches take as many as hold it, and the least telling tokens go.
@@ -55,6 +55,8 @@ class View:
       apart: patches chosen by "topk" lie at least so many patches apart.
       seed: of "random_tokens".
       layer: after which the decoder loses tokens by "fastv"; until then it reads every chosen patch.
+      tell: said before every question, e.g. "{patches} patches, {tokens} tokens. ", the most that is read; "" says
+        nothing.
     """
 
     select: str = "all"
@@ -66,13 +68,14 @@ class View:
     represent: str = "mean"
     rule: str | None = None
     adaptive: bool = False
-    ladder: tuple[int, ...] = budget.LADDER
+    budgets: tuple[int, ...] = budget.LADDER
     tokens: int | None = None
     share: float | None = None
     shrink: int = 1
     apart: int = 1
     seed: int = 0
     layer: int = 2
+    tell: str = ""
 
     def __post_init__(self):
         if self.select not in SELECT or self.method not in METHOD:
@@ -113,6 +116,11 @@ class View:
     def count(self, patches_b, tokens_per_patch):
         """int [B]: tokens that are read of videos of so many patches, for a view with a share; at least 1."""
         return ((round(1000 * self.share) * patches_b * tokens_per_patch + 500) // 1000).clip(1)
+
+    def told(self, kept: int, tokens_per_patch: int) -> str:
+        """What `tell` says of a prompt with so many patches' worth of tokens."""
+        tokens = kept * tokens_per_patch
+        return self.tell.format(patches=kept, tokens=tokens if self.tokens is None else min(self.tokens, tokens))
 
     def patches(self, max_patches: int, max_event: int) -> int:
         """S, the static number of temporal patches that reach the vision tower."""
@@ -258,7 +266,7 @@ def deserved(view: View, vis_bspd, visual: Visual):
     s, p, event_bs = vis_bspd.shape[1], visual.per_patch(vis_bspd.shape[2]), visual.event_bs
     real_b = None if visual.shapes is None else visual.shapes.tokens_b
     len_be, change_be = budget.event_statistics(vis_bspd, visual.mask_bs, event_bs, s, real_b)
-    tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p, view.ladder)
+    tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p, view.budgets)
     total_b = jnp.clip(tokens_b // p, 1, view.keep)
     share_be = budget.share(total_b, budget.event_weights(len_be, change_be), len_be, min(view.keep, s))
     return total_b, budget.of_patches(share_be, event_bs)

@@ -198,7 +198,7 @@ class Decoder(nnx.Module):
         return x if at_b is None else rows_at(x, at_b), KV(k, v)
 
     def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
-        """`prefill` and `extend` as one pass over the layers: ([B, D] of the prompts at `at_b`, [B, G, R, D]).
+        """Prompts and their suffixes as one pass over the layers: ([B, D] of the prompts at `at_b`, [B, G, R, D]).
 
         Every matrix sees the tokens of prompts and suffixes in one product and is read, and its gradient written, once.
         """
@@ -215,13 +215,6 @@ class Decoder(nnx.Module):
         x = jnp.concatenate([x_bpd, x_bgrd.reshape(b, g * r, d)], axis=1).astype(self.runtime.dtype)
         x = self._run(x, jnp.concatenate([pos_3bp, pos_3bgr.reshape(3, b, g * r)], axis=2), attend, ())[0]
         return rows_at(x, at_b), x[:, p:].reshape(b, g, r, d)
-
-    def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
-        def attend(q, k, v, mine):
-            impl = self.runtime.attention
-            return attention.prefix_causal(q, k, v, mask_bgr, mine.k, mine.v, prefix_mask_bp, impl)
-
-        return self._run(x_bgrd.astype(self.runtime.dtype), pos_3bgr, attend, prefix)[0]
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
         """`prefix_mask_bp` may have a leading axis of layers (`prefill_pruned`)."""

@@ -264,12 +264,11 @@ class Qwen25VL(nnx.Module):
         return self.text.prefill_pruned(x_bld, pos_3bl, mask_bl, at_b, layer, keep, length)
 
     def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
-        """Right-padded prompts and their teacher-forced suffixes in one pass: `prefill` at `at_b`, then `extend`."""
-        return self.text.prefill_group(x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr)
+        """Right-padded prompts and teacher-forced suffixes in one pass: ([B, D] of prompts at `at_b`, [B, G, R, D]).
 
-    def extend(self, x_bgrd, pos_3bgr, mask_bgr, prefix: KV, prefix_mask_bp) -> jax.Array:
-        """Teacher-forced suffixes: each (b, g) sees its prompt's prefix and its own causal past. -> [B, G, R, D]."""
-        return self.text.extend(x_bgrd, pos_3bgr, mask_bgr, prefix, prefix_mask_bp)
+        Each (b, g) sees its prompt and its own causal past.
+        """
+        return self.text.prefill_group(x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr)
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, cache: KV) -> tuple[jax.Array, KV]:
         """One token per (b, g): attends to the prefix and to slots <= index, writes slot `index`. -> [B, G, D]."""

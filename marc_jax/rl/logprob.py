@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from marc_jax.sharding import mesh_of
+
 CHUNK_BYTES = 256 * 2**20  # float32 logits alive at once, per device, when the caller does not choose a chunk
 DIVERGENCES = ("reverse", "forward", "jsd")
 
@@ -228,8 +230,8 @@ def _gathered(heads, rows):
     Left split over "fsdp", a head is gathered in each chunk and its gradient reduced in each chunk; vocabulary rows
     stay over "tensor" where they divide. Nothing changes outside a mesh.
     """
-    mesh = jax.typeof(rows).sharding.mesh
-    if mesh.empty or mesh.manual_axes or not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
+    mesh = mesh_of(rows)
+    if mesh is None or not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
         return heads, 1
 
     def one(head_dv):

@@ -116,6 +116,29 @@ def retention(accuracy_bg, a_full_b, is_image_b, config: RetentionConfig = Reten
     return Retention(correct_bg * r_b[:, None], r_b, eta_b, correct_bg)
 
 
+def retention_metrics(kept: Retention, rewards_bg) -> dict[str, tuple[float, float]]:
+    """(sum, count) of what the retention reward does.
+
+    `retention/eta` and a histogram of it (`eta_0.4` counts [0.4, 0.6), `eta_1.0` all above) over questions where it is
+    defined; `gate_rate`, rollouts that are right in groups that keep more than tau, of all; `alone`, groups that
+    have a gradient only through it, of all.
+
+    Args:
+      kept: of `retention`.
+      rewards_bg: float [B, G]; rewards without the bonus.
+    """
+    eta_b = kept.eta_b[~np.isnan(kept.eta_b)]
+    total, groups = float(eta_b.size), float(len(kept.r_b))
+    slot_b = np.minimum((eta_b * 5 + 1e-9).astype(int), 5)
+    told = {"retention/eta": (float(eta_b.sum()), total)}
+    told |= {f"retention/eta_{i / 5:.1f}": (float((slot_b == i).sum()), total) for i in range(6)}
+    spread = lambda x: x.max(axis=1) > x.min(axis=1)  # noqa: E731
+    rewards_bg = np.asarray(rewards_bg, np.float64)
+    alone_b = spread(rewards_bg + kept.bonus_bg) & ~spread(rewards_bg)
+    told["retention/gate_rate"] = (float((kept.bonus_bg > 0).sum()), float(kept.bonus_bg.size))
+    return told | {"retention/alone": (float(alone_b.sum()), groups)}
+
+
 def retention_weight(eta_b) -> np.ndarray:
     """Float32 [B]: 1 - eta within [0, 1], what compression still loses of a question; 1 where eta is undefined."""
     return np.clip(1.0 - np.nan_to_num(np.asarray(eta_b, np.float64), nan=0.0), 0.0, 1.0).astype(np.float32)

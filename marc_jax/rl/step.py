@@ -27,6 +27,7 @@ from marc_jax.rl.types import Completions, PromptBatch
 from marc_jax.state import TrainState
 
 Encode = Callable[[Any, Any, PromptBatch], tuple[jax.Array | None, PromptBatch]]
+KINDS = (*logprob.DIVERGENCES, "sampled", "text")  # of DistillConfig
 Metrics = dict[str, Metric | jax.Array]
 
 
@@ -83,11 +84,12 @@ class DistillBatch:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """What the student minimises along its own tokens.
+    """What the student minimises along the tokens: its own (on policy), or the teacher's.
 
     Attributes:
-      kind: "reverse" KL(student || teacher), "forward", "jsd" (all over the vocabulary), or "sampled": the score
-        function of the reverse KL from the sampled tokens' log-probabilities alone.
+      kind: "reverse" KL(student || teacher), "forward", "jsd" (all over the vocabulary); "sampled": the score function
+        of the reverse KL from the log-probabilities of the student's own tokens alone; "text": -log p of the tokens
+        themselves, for those of the teacher.
       mix: the weight of "jsd".
       top_k: full vocabulary (0), or the K likeliest tokens and the rest as one.
     """
@@ -97,9 +99,8 @@ class DistillConfig:
     top_k: int = 0
 
     def __post_init__(self):
-        known = (*logprob.DIVERGENCES, "sampled")
-        if self.kind not in known:
-            raise ValueError(f"distill.kind = {self.kind!r}: choose one of {', '.join(known)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"distill.kind = {self.kind!r}: choose one of {', '.join(KINDS)}")
         if not 0.0 < self.mix < 1.0:
             raise ValueError(f"distill.mix = {self.mix}: must lie between 0 and 1")
 
@@ -211,7 +212,7 @@ def make_grpo_step(cfg, encode: Encode, tx: optax.GradientTransformation, how: S
 def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.GradientTransformation, how: Sampling,
                       config: DistillConfig = DistillConfig(), *, micro_batches: int = 1, chunk: int | None = None,
                       **bind) -> Callable:
-    """One on-policy distillation update: the teacher, with its full view, judges the student's own tokens.
+    """One distillation update: the teacher, with its full view, judges the completions' tokens.
 
     Args:
       cfg, encode, tx, how, micro_batches, chunk, **bind: as for `make_grpo_step`.
@@ -227,11 +228,15 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
         done, mask_bgr = batch.completions, batch.completions.mask_bgr
         model, judge = (qwen25_vl.bind(cfg, p, **bind) for p in (params, teacher))
         seen = model, *encode(model, batch.visual, batch.prompt)
+        tokens, stats = mask_bgr.sum(), None
+        shape = {"temperature": how.score_temperature, "banned_ids": how.banned_ids, "chunk": chunk}
+        if config.kind == "text":
+            told = rollout.token_stats(*seen, done, **shape)
+            metrics = {"entropy": (told.entropy.sum(), tokens), "mean_token_accuracy": (told.hit.sum(), tokens)}
+            metrics = jax.lax.stop_gradient(metrics) | _completion_metrics(done, None, how)
+            return (-told.logp.sum(), tokens), metrics
         full = judge, *encode_teacher(judge, batch.teacher_visual, batch.teacher_prompt)
-        tokens = mask_bgr.sum()
-        stats = None
         if config.kind == "sampled":
-            shape = {"temperature": how.score_temperature, "banned_ids": how.banned_ids, "chunk": chunk}
             stats = rollout.token_stats(*seen, done, **shape)
             judged = rollout.token_stats(*full, done, **shape).logp
             gap_bgr = jax.lax.stop_gradient(stats.logp - judged)
@@ -239,8 +244,8 @@ def make_distill_step(cfg, encode: Encode, encode_teacher: Encode, tx: optax.Gra
         else:
             student_h, teacher_h = (rollout.hidden_states(*who, done.tokens_bgr, mask_bgr) for who in (seen, full))
             kl_bgr, spread = logprob.chunked_divergence(
-                student_h, model.head(), teacher_h, judge.head(), chunk, kind=config.kind, mix=config.mix,
-                top_k=config.top_k, temperature=how.score_temperature, banned_ids=how.banned_ids,
+                student_h, model.head(), teacher_h, judge.head(), kind=config.kind, mix=config.mix,
+                top_k=config.top_k, **shape,
             )
             value = kl = jnp.where(mask_bgr, kl_bgr, 0.0).sum()
             spread = jnp.where(mask_bgr, spread, 0.0)

@@ -1,4 +1,4 @@
-"""Prefill, extend and decode_step are one model: every path gives the hidden states of the full forward pass."""
+"""Prefill, a group's one pass and decode_step are one model: all give the hidden states of the full forward pass."""
 
 import functools
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from marc_jax.models import attention, qwen25_vl
-from marc_jax.models.cache import KV
 
 B, P, G, R = 3, 11, 2, 6
 LENGTHS = np.array([11, 7, 4])
@@ -31,15 +30,17 @@ def _case(kv_heads=2, **kw):
     }
 
 
-def _extend(params, case, mask_bgr=None, prefix=None, **bind):
-    def run(params, prefix):
-        model = qwen25_vl.bind(case["cfg"], params, **bind)
-        if prefix is None:
-            _, prefix = model.prefill(model.embed(case["prompt_bp"]), case["pos_3bp"], case["mask_bp"])
-        mask = np.ones((B, G, R), bool) if mask_bgr is None else mask_bgr
-        return model.extend(model.embed(case["suffix_bgr"]), case["pos_3bgr"], mask, prefix, case["mask_bp"])
+def _group(params, case, mask_bgr=None, prompt_bp=None, **bind):
+    """Prompts and their completions as one pass."""
+    mask_bgr = np.ones((B, G, R), bool) if mask_bgr is None else mask_bgr
+    prompt_bp = case["prompt_bp"] if prompt_bp is None else prompt_bp
 
-    return jax.jit(run)(params, prefix)
+    def run(params):
+        model = qwen25_vl.bind(case["cfg"], params, **bind)
+        prompts = model.embed(prompt_bp), case["pos_3bp"], case["mask_bp"], LENGTHS - 1
+        return model.prefill_group(*prompts, model.embed(case["suffix_bgr"]), case["pos_3bgr"], mask_bgr)[1]
+
+    return jax.jit(run)(params)
 
 
 def _full(params, case):
@@ -62,19 +63,19 @@ def _full(params, case):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_extend_equals_the_replicated_forward(kv_heads):
+def test_a_group_equals_the_replicated_forward(kv_heads):
     case = _case(kv_heads)
     with jax.default_matmul_precision("highest"):
-        np.testing.assert_allclose(_extend(case["params"], case), _full(case["params"], case), atol=2e-5)
+        np.testing.assert_allclose(_group(case["params"], case), _full(case["params"], case), atol=2e-5)
 
 
-def test_extend_gradients_equal_the_replicated_forward():
+def test_gradients_of_a_group_equal_the_replicated_forward():
     case = _case()
     target = np.random.default_rng(5).standard_normal((B, G, R, 64))
     with jax.default_matmul_precision("highest"):
         shared, remat, replicated = (
             jax.jit(jax.grad(lambda p, hidden=hidden: jnp.sum(hidden(p, case) * target)))(case["params"])
-            for hidden in (_extend, functools.partial(_extend, remat=True), _full)
+            for hidden in (_group, functools.partial(_group, remat=True), _full)
         )
     for path, want in jax.tree_util.tree_leaves_with_path(replicated):
         for name, grads in (("shared", shared), ("remat", remat)):
@@ -83,7 +84,7 @@ def test_extend_gradients_equal_the_replicated_forward():
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_decode_steps_equal_extend_on_a_forced_sequence(separate):
+def test_decode_steps_equal_a_group_on_a_forced_sequence(separate):
     case = _case()
 
     @jax.jit
@@ -102,7 +103,7 @@ def test_decode_steps_equal_extend_on_a_forced_sequence(separate):
 
     with jax.default_matmul_precision("highest"):
         got = jnp.moveaxis(decode(case["params"]), 0, 2)
-        np.testing.assert_allclose(got, _extend(case["params"], case), atol=2e-5)
+        np.testing.assert_allclose(got, _group(case["params"], case), atol=2e-5)
 
 
 def test_padding_changes_nothing():
@@ -113,13 +114,12 @@ def test_padding_changes_nothing():
         model = qwen25_vl.bind(case["cfg"], params)
         return model.prefill(model.embed(prompt_bp), case["pos_3bp"], case["mask_bp"])
 
-    hidden, prefix = prefill(case["params"], case["prompt_bp"])
-    hidden2, _ = prefill(case["params"], np.where(case["mask_bp"], case["prompt_bp"], 7))
+    other_bp = np.where(case["mask_bp"], case["prompt_bp"], 7)
+    hidden, hidden2 = (prefill(case["params"], prompt_bp)[0] for prompt_bp in (case["prompt_bp"], other_bp))
     np.testing.assert_array_equal(np.asarray(hidden)[case["mask_bp"]], np.asarray(hidden2)[case["mask_bp"]])
     mask_bgr = np.broadcast_to(np.arange(R) < 4, (B, G, R))
-    junk = KV(*(jnp.where(case["mask_bp"][None, :, :, None, None], x, 1e3) for x in (prefix.k, prefix.v)))
-    got = _extend(case["params"], case, mask_bgr=mask_bgr, prefix=junk)[:, :, :4]
-    np.testing.assert_allclose(got, _extend(case["params"], case)[:, :, :4], atol=2e-5)
+    got = _group(case["params"], case, mask_bgr=mask_bgr, prompt_bp=other_bp)[:, :, :4]
+    np.testing.assert_allclose(got, _group(case["params"], case)[:, :, :4], atol=2e-5)
 
 
 def test_attention_reads_key_head_j_over_group():

@@ -155,3 +155,15 @@ def test_a_hanging_sample_is_given_up():
 def test_a_column_of_another_length_is_refused():
     with pytest.raises(ValueError, match="solution"):
         rewards.score(rewards.reward_terms(["accuracy"]), ["a"], {"solution": ["b", "c"], "problem_type": ["OCR"]})
+
+
+def test_what_the_retention_reward_does_is_counted():
+    accuracy_bg = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    kept = rewards.retention(accuracy_bg, [0.5, 0.5, 0.75, 0.0], np.zeros(4), rewards.RetentionConfig(tau=0.6))
+    told = rewards.retention_metrics(kept, accuracy_bg)
+    assert told["retention/eta"] == (pytest.approx(1 + 0.5 + 4 / 3), 3.0)
+    assert [told[f"retention/eta_{i / 5:.1f}"][0] for i in range(6)] == [0, 0, 1, 0, 0, 2]
+    assert told["retention/gate_rate"] == (6.0, 16.0) and told["retention/alone"] == (0.0, 4.0)
+    # All right: the bonus is the same for all. Equal rewards of right and wrong: it alone tells them apart.
+    told = rewards.retention_metrics(kept, np.zeros((4, 4)))
+    assert told["retention/alone"] == (1.0, 4.0)

@@ -166,7 +166,11 @@ def test_an_experiment_on_files_gives_updates_and_rollouts_at_its_largest_sizes(
     given = [f"--config.{name}.videos=8" for name in ("sft", "cgrpo", "distill")]
     preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
     _, programs, _ = tpu_cases.of_experiment(preset, given, "xla", jax.devices())
-    assert list(programs) == ["sft", "cgrpo", "cgrpo_rollout", "cgrpo_teacher", "distill", "distill_rollout"]
+    stages = ["sft", "sft_retrieve", "cgrpo", "cgrpo_retrieve", "cgrpo_rollout", "cgrpo_teacher"]
+    stages += ["distill", "distill_retrieve", "distill_rollout"]
+    views = ["blind", "full", "marc", "per_event", "whole"]
+    assert list(programs)[: len(stages)] == stages
+    assert sorted(list(programs)[len(stages) :]) == [f"evaluate_{view}" for view in views]
     program = programs["sft"]()
     now, _ = jax.eval_shape(program.run, *program.args)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), now) == jax.tree.map(
@@ -175,6 +179,10 @@ def test_an_experiment_on_files_gives_updates_and_rollouts_at_its_largest_sizes(
     sample = programs["cgrpo_teacher"]()
     assert sample.args[1].tokens_bp.shape == (8, 16 + 32 * 144 + 512)  # 64 frames, padded
     assert jax.eval_shape(sample.run, *sample.args).tokens_bgr.shape == (8, 8, 768)
+    choose, answer = programs["cgrpo_retrieve"](), programs["evaluate_full"]()
+    chosen = jax.eval_shape(choose.run, *choose.args)  # three events may be the whole video
+    assert chosen.patches_bsnc.shape == (8, 32, 4 * 144, 1280)
+    assert jax.eval_shape(answer.run, *answer.args).tokens_bgr.shape == (16, 1, 768)
 
 
 def test_with_adapters_the_model_is_held_once(repo):

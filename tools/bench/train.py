@@ -57,7 +57,7 @@ class Case:
     view: shapes.Case
     masters: str = "bfloat16"
     remat: bool | str = "attention"
-    chunk: int = 128
+    chunk: int = 256
     peer: str = ""
     new: int = 256
 
