@@ -67,7 +67,9 @@ def views():
         "marc": {**retrieved, "k": 3, "keep": 1},
         "marc_2": {**retrieved, "k": 3, "keep": 2},
         "marc_3": {**retrieved, "k": 3, "keep": 3},
-        "marc_k1": {**retrieved, "k": 1, "keep": 1},
+        "marc_4": {**retrieved, "k": 3, "keep": 4, "in_event": 2},
+        "marc_6": {**retrieved, "k": 3, "keep": 6, "in_event": 2},
+        "marc_k1": {**events, "k": 1},
         "weighted": {**retrieved, "k": 3, "keep": 1, "weighted": True},
         "per_event": {**events, "k": 3},
         "per_event_k2": {**events, "k": 2},
@@ -147,6 +149,8 @@ UNTRAINED = (
     ("untrained_k1", "marc_k1", "one retrieved event, one patch"),
     ("untrained_2", "marc_2", "retrieval + two patches"),
     ("untrained_3", "marc_3", "retrieval + three patches"),
+    ("untrained_4", "marc_4", "retrieval + four patches"),
+    ("untrained_6", "marc_6", "retrieval + six patches"),
     ("per_event", "per_event", "one patch for each of three retrieved events"),
     ("per_event_k2", "per_event_k2", "one patch for each of two retrieved events"),
     ("per_event_k4", "per_event_k4", "one patch for each of four retrieved events"),
@@ -209,15 +213,15 @@ def arms(c):
 DIFFERENCES = (
     ("distill", "untrained", "distillation without labels against the untrained student"),
     ("distill", "sft", "distillation without labels against SFT on all labels"),
-    ("distill_short", "sft_early", "the same in as many steps as early SFT"),
+    ("distill_short", "sft_early", "distillation without labels against SFT, 600 steps each"),
     ("distill_short", "distill_reverse", "forward against reverse KL"),
     ("distill_short", "distill_weighted", "pairwise mean against mean weighted by size, distilled"),
-    ("untrained", "untrained_weighted", "the same, untrained"),
-    ("whole", "whole_weighted", "the same on the whole video, untrained"),
+    ("untrained", "untrained_weighted", "pairwise mean against mean weighted by size, untrained"),
+    ("whole", "whole_weighted", "pairwise mean against mean weighted by size, whole video, untrained"),
     ("distill_short", "distill_whole", "retrieval against the whole video, distilled"),
     ("sft", "sft_whole", "retrieval against the whole video, SFT"),
     ("distill_short", "distill_pooled", "one patch against 4 uniform pooled frames, distilled"),
-    ("untrained", "pooled", "the same, untrained"),
+    ("untrained", "pooled", "one patch against 4 uniform pooled frames, untrained"),
     ("cgrpo_early", "sft_early", "C-GRPO against early SFT, its start"),
     ("cgrpo_early", "sft_on_steps", "C-GRPO against SFT continued for as many steps"),
     ("cgrpo_early", "sft_on", "C-GRPO against SFT continued for about its time"),
@@ -225,12 +229,12 @@ DIFFERENCES = (
     ("cgrpo_late", "sft", "C-GRPO from converged SFT against its start"),
     ("cgrpo_early", "cgrpo_alpha0", "retention reward (alpha 0.3 against 0), divided by the group's std"),
     ("cgrpo_none", "cgrpo_none_alpha0", "retention reward (alpha 0.3 against 0), not divided"),
-    ("cgrpo_none", "cgrpo_early", "no division by the std"),
-    ("cgrpo_batch", "cgrpo_early", "one scale for the batch"),
-    ("cgrpo_lost", "cgrpo_early", "questions weighted by 1 - eta"),
-    ("cgrpo_credit", "cgrpo_early", "0.1 x the teacher's credit per token"),
-    ("cgrpo_tau4", "cgrpo_early", "tau 0.4 against 0.6"),
-    ("cgrpo_tau8", "cgrpo_early", "tau 0.8 against 0.6"),
+    ("cgrpo_none", "cgrpo_early", "C-GRPO: no division by the std"),
+    ("cgrpo_batch", "cgrpo_early", "C-GRPO: one scale for the batch"),
+    ("cgrpo_lost", "cgrpo_early", "C-GRPO: questions weighted by 1 - eta"),
+    ("cgrpo_credit", "cgrpo_early", "C-GRPO: 0.1 x the teacher's credit per token"),
+    ("cgrpo_tau4", "cgrpo_early", "C-GRPO: tau 0.4 against 0.6"),
+    ("cgrpo_tau8", "cgrpo_early", "C-GRPO: tau 0.8 against 0.6"),
     ("distill_reward", "cgrpo", "the teacher's credit per token added to C-GRPO, from the teacher's weights"),
     ("distill_short", "distill_reward", "distillation against C-GRPO with the teacher's credit"),
     ("distill_2", "distill_short", "two patches against one, distilled"),
@@ -245,6 +249,6 @@ DIFFERENCES = (
 def differences(arms):
     """What the report compares question by question."""
     return ConfigDict({
-        f"{arm}_{minus}": {"text": label, "arm": arm, "minus": minus}
-        for arm, minus, label in DIFFERENCES if arm in arms and minus in arms
+        f"{i:02d}": {"text": label, "arm": arm, "minus": minus}
+        for i, (arm, minus, label) in enumerate(DIFFERENCES) if arm in arms and minus in arms
     })  # fmt: skip

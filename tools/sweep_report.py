@@ -148,16 +148,17 @@ def tokens(packed: Packed, arm: str) -> float:
 
 
 def arm_table(packed: Packed, config) -> list[str]:
-    """All arms in the order of the config: tokens, accuracy, the share of the teacher's, what is left apart."""
+    """All arms, stage by stage and by tokens: accuracy, the share of the teacher's, what is left apart."""
     apart, teacher = tuple(config.eval.apart), config.eval.teacher
     first = accuracy(packed, teacher, without=apart)
     lines = ["| who answers, looking how | visual tokens | accuracy, % | each seed | % of the teacher | "
              f"{', '.join(apart)}, % |", "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
-    for arm in config.eval.arms:
-        if (found := accuracy(packed, arm, without=apart)) is None:
-            continue
+    place = {name: i for i, name in enumerate(config.stages)}
+    there = [arm for arm in config.eval.arms if packed.seeds(arm)]
+    for arm in sorted(there, key=lambda arm: (arm != teacher, place[config.eval.arms[arm].stage], tokens(packed, arm))):
+        found = accuracy(packed, arm, without=apart)
         other = accuracy(packed, arm, types=apart)
-        kept = f"{100 * found['mean'] / first['mean']:.1f}" if first else ""
+        kept = f"{100 * found['mean'] / first['mean']:.1f}" if first and first['mean'] else ""
         cells = [config.eval.arms[arm].label or arm, f"{tokens(packed, arm):.1f}", _interval(found), _each(found), kept]
         cells.append(f"{other['mean']:.0f}" if other else "")
         lines.append(f"| {' | '.join(cells)} |")
@@ -195,7 +196,7 @@ def equal_table(packed: Packed, config) -> list[str]:
 
 def rivals(config) -> dict[str, list[str]]:
     """{arm with an adaptive budget: arms of the same stage that look the same way with fixed ones}."""
-    sizes = ("k", "keep", "rule", "adaptive", "budgets")
+    sizes = ("k", "keep", "in_event", "rule", "adaptive", "budgets")
     views = {name: view.to_dict() for name, view in config.views.items()}
     looks = {name: {k: v for k, v in view.items() if k not in sizes} for name, view in views.items()}
     adapts = {name: bool(view["rule"] or view["adaptive"]) for name, view in views.items()}
@@ -262,12 +263,31 @@ def put_between(path: Path, name: str, new: str) -> None:
 
 
 def draw_pareto(packed: Packed, config, path: Path) -> None:
-    arms = []
-    for key, arm in config.eval.arms.items():
-        if found := accuracy(packed, key, without=tuple(config.eval.apart)):
-            told = {"key": key, "label": arm.label or key, "group": arm.group, "visual_tokens": tokens(packed, key)}
-            arms.append({**told, "headline": {"accuracy": found["mean"], "ci95": found["ci95"]}})
-    plots.save(plots.pareto(arms, None, plots.LIGHT), path)
+    """Accuracy against tokens of every arm; named are those that none beats with fewer tokens, and every student."""
+    theme, fig = plots.LIGHT, plots.figure(8.4, 5.4, plots.LIGHT)
+    ax = fig.add_axes((0.075, 0.1, 0.9, 0.87))
+    plots.style(ax, theme, "both")
+    points = []
+    for key in (key for key in config.eval.arms if packed.seeds(key)):
+        found = accuracy(packed, key, without=tuple(config.eval.apart))
+        points.append((max(tokens(packed, key), 1.0), found["mean"], key, found["ci95"]))
+    best, stairs, last = -1.0, [], {}
+    for x, y, key, ci95 in sorted(points, key=lambda point: (point[0], -point[1])):
+        group = config.eval.arms[key].group
+        ax.plot([x, x], ci95, color=theme[group], linewidth=1.2, alpha=0.6)
+        ax.plot(x, y, "o", color=theme[group], markersize=5, markeredgecolor=theme["bg"])
+        if y > best:
+            best, stairs = y, [*stairs, (x, y)]
+        if y == best or group == "student":
+            height = min(y, last.get(round(x, 1), 200.0) - 2.6)  # below the last name at as many tokens
+            last[round(x, 1)] = height
+            ax.annotate(key, (x, height), (5, -3), textcoords="offset points", fontsize=7, color=theme["fg"])
+    ax.step(*zip(*stairs, strict=True), where="post", color=theme["muted"], linewidth=1.0, alpha=0.6, zorder=1)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_xlabel("visual tokens (none: at 1)", fontsize=9)
+    ax.set_ylabel("accuracy, %", fontsize=9)
+    plots.save(fig, path)
 
 
 def draw_curves(packed: Packed, config, path: Path) -> bool:
