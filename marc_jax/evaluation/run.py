@@ -133,8 +133,8 @@ def queries(run: Run, test: TestSet, rows):
 
 
 def make_answerer(run: Run, view: views.View, sizes: Sizes):
-    """(params, retriever, key, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view,
-    int [B] visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
+    """(params, retriever, bank, emb, index, queries, prompt=, ids_b=) -> (greedy completions through one view, int [B]
+    visual tokens read). Arms that look the same way share what is compiled, arms that read as much the decoder.
     """
     how = run.decoding(0.0)
 
@@ -161,7 +161,9 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     pruned = view if view.method == "fastv" else None
     speak = run.compiled.setdefault(("speak", pruned), jax.jit(functools.partial(speak, pruned)))
 
-    def answer(params, retriever, key, *looked_at, prompt, ids_b):
+    key = run.whole(jax.random.key(run.config.seed))  # an argument: runs that differ in it share what is compiled
+
+    def answer(params, retriever, *looked_at, prompt, ids_b):
         return speak(params, key, *look(params, retriever, key, *looked_at, prompt), ids_b)
 
     return answer
@@ -181,7 +183,7 @@ def answer_all(
 def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet | Records, label: str, order):
     """Yields (row numbers, their prediction rows) batch by batch, of the questions in `order`."""
     view, most = run.view(view_name), test.sizes.event
-    answer, done, key = make_answerer(run, view, test.sizes), 0, run.whole(jax.random.key(run.config.seed))
+    answer, done = make_answerer(run, view, test.sizes), 0
     bank = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None
     emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
     with metrics.Progress(label, len(order)) as bar:
@@ -194,7 +196,7 @@ def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet |
             inputs = (index, run.queries(asked, asked.problems), prompt, chosen.astype(np.int32))
             own, *inputs, prompt, ids_b = run.split(asked.bank, *inputs)
             looked_at = (bank if own is None else own, emb, *inputs)
-            said, read_b = answer(params, run.retriever, key, *looked_at, prompt=prompt, ids_b=ids_b)
+            said, read_b = answer(params, run.retriever, *looked_at, prompt=prompt, ids_b=ids_b)
             tokens_br, mask_br, used = (np.asarray(x) for x in (said.tokens_bgr[:, 0], said.mask_bgr[:, 0], read_b))
             yield chosen[:real], [
                 _row(run, test.records[chosen[i]], tokens_br[i][mask_br[i]], int(used[i])) for i in range(real)
