@@ -120,7 +120,7 @@ class Sweep:
             running = len(self.named("running", True))
             room = max(len(self.devices) * self.per_device // 3, 1)
             ready = [] if self.stopped else [j for j in self.named("waiting") if self._can_begin(j)]
-            training = bool(ready or self.named("running", False))
+            training = not self.stopped and bool(ready or self.named("running", False))
             job = self._arms(training) if not training or running < room else None
             job = job or next(iter(ready), None)
             if job is None:
