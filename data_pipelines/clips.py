@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import numpy as np
 
@@ -38,19 +39,21 @@ def by_video(pairs: list[Pair], most: int) -> list[VideoPairs]:
 class ReadClips:
     """VideoPairs -> uint8 [most, frames, size, size, 3]: `frames` spread over each clip, squashed; zeros beyond.
 
-    A clip of fewer frames repeats some. Raises VideoError, ValueError: the file, or what is wrong with its path.
+    A clip of fewer frames repeats some. `read`: called in place of `video.read_frames`. Raises VideoError, ValueError:
+    the file, or what is wrong with its path.
     """
 
     root: str
     most: int
     frames: int
     size: int
+    read: Callable = video.read_frames
 
     def __call__(self, group: VideoPairs) -> np.ndarray:
         path = media_path(self.root, group.path)
         out = np.zeros((self.most, self.frames, self.size, self.size, 3), np.uint8)
         for clip, pair in zip(out, group.pairs, strict=False):
-            read = video.read_frames(path, num_frames=self.frames, start=pair.start, end=pair.end)
+            read = self.read(path, num_frames=self.frames, start=pair.start, end=pair.end)
             clip[...] = squash(read.frames[: self.frames], self.size)
         return out
 

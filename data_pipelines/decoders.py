@@ -212,6 +212,14 @@ class PyAVReader(_Reader):
         alone = len(self._keys) == self._count and self._keys[-1][1] == self._count - 1
         return [(k, k, None) for k in range(self._count)] if alone else []
 
+    @property
+    def starts(self) -> list[int]:
+        """Frames, increasing, at which decoding can begin without those before them."""
+        return [frame for frame, *_ in self._entries(self._ordinal())] or [0]
+
+    def _ordinal(self) -> dict | None:
+        return {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
+
     def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, uint8 [H, W, 3] RGB, rotated) for the increasing `indices`, in one forward pass."""
         from av.video.reformatter import VideoReformatter
@@ -226,7 +234,7 @@ class PyAVReader(_Reader):
 
     def _find(self, wanted: list[int]) -> Iterator:
         """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
-        ordinal = {tick: k for k, tick in enumerate(self._ticks)} if self._ticks else None
+        ordinal = self._ordinal()
         run, first = self._pass or self._begin(), self._first  # without a pass it is a second call: start again
         self._pass = self._first = None
         place = 0
@@ -316,6 +324,8 @@ class _Pass:
 
 class OpenCVReader(_Reader):
     """OpenCV's FFmpeg. It reports no damage, so frames are counted; it knows no timestamps ahead, so it reads twice."""
+
+    starts = (0,)  # it does not tell key frames
 
     def __init__(self, path, limits: Limits = DEFAULT_LIMITS, threads: int | None = None):
         super().__init__(path, limits)

@@ -157,6 +157,7 @@ def iterate(
     start: int = 0,
     workers: int = 0,
     prefetch: int = 2,
+    threads: int | None = None,
     on_bad: str = "mask",
     max_bad_fraction: float = 0.01,
     report: str | os.PathLike | None = None,
@@ -164,9 +165,9 @@ def iterate(
 ) -> Iterator[dict]:
     """Yields batches `start`, `start + 1`, ... of `dataset(records, load, batch_size=batch_size, **options)`.
 
-    The same batches in the same order for any number of worker processes (0: threads of this one). `batch["number"]` is
-    the batch's number: keep `number + 1` in the checkpoint. `batch["bad"]` is a list of {row, path, reason}; each row
-    is appended once to the JSON-lines file `report`.
+    The same batches in the same order for any number of worker processes (0: `threads` of this one, default
+    `prefetch`). `batch["number"]` is the batch's number: keep `number + 1` in the checkpoint. `batch["bad"]` is a list
+    of {row, path, reason}; each row is appended once to the JSON-lines file `report`.
 
     Raises:
       BadRowsError: a row is unreadable and on_bad is "error", or more than `max_bad_fraction` of all records were.
@@ -177,7 +178,7 @@ def iterate(
 
     source = dataset(records, load, batch_size=batch_size, **options)[start:]
     threads = grain.ReadOptions(
-        num_threads=0 if workers else prefetch, prefetch_buffer_size=max(1, prefetch) * batch_size
+        num_threads=0 if workers else threads or prefetch, prefetch_buffer_size=max(1, prefetch) * batch_size
     )
     batches = source.to_iter_dataset(threads)
     if workers:

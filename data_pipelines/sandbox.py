@@ -200,7 +200,8 @@ class Pool:
         """
         path, sampling = os.fspath(path), dict(sampling or {})
         inspect.signature(video.read_frames).bind(path, **sampling)  # a misspelt argument is no bad file
-        sampling.setdefault("threads", max(1, (os.cpu_count() or 1) // self.workers))
+        if "parts" not in sampling:
+            sampling.setdefault("threads", max(1, (os.cpu_count() or 1) // self.workers))
         packed = pack(sampling)
         worker = self._idle.get()
         try:

@@ -6,7 +6,9 @@ The number of frames and their places follow qwen-vl-utils 0.0.14 (fps 2, at lea
 included); a variable frame rate is sampled by its timestamps, never by counting frames.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 
@@ -131,6 +133,7 @@ def read_frames(
     resize: tuple[int, int] | Callable[[int, int], tuple[int, int]] | VideoBudget | None = None,
     limits: Limits = DEFAULT_LIMITS,
     threads: int | None = None,
+    parts: int = 1,
     sha256: str | None = None,
 ) -> Clip:
     """Reads frames of a video file in one forward pass.
@@ -144,6 +147,8 @@ def read_frames(
         frames are not all held at once.
       limits: sizes beyond which a file is refused.
       threads: decoding threads of one file; default 1 for small pictures, else FFmpeg's choice.
+      parts: at most so many readers decode and resize stretches of the file side by side, each from a key frame on;
+        more than one where a single file is waited for. The same frames.
       sha256: of the file's content [hexadecimal]. Most codecs have no checksum, so a flipped bit may decode to a wrong
         picture; with the hash every change is an error.
 
@@ -153,7 +158,8 @@ def read_frames(
     Raises:
       VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
     """
-    with open_reader(path, backend, limits, threads) as reader:
+    reopen = functools.partial(open_reader, path, backend, limits)
+    with reopen(threads if parts == 1 else threads or 1) as reader:
         if sha256 is not None:
             check_sha256(path, sha256)
         try:
@@ -171,7 +177,7 @@ def read_frames(
             raise VideoError(path, str(error)) from None
         if len(index) % 2:
             index = np.append(index, index[-1])
-        frames = _collect(reader, index, resize, limits)
+        frames = _collect(reader, index, resize, limits, parts, reopen, threads)
         return Clip(frames, reader.times[index], reader.info, index)
 
 
@@ -212,9 +218,7 @@ def read_folder(
     info = VideoInfo(width, height, rate, len(names), len(names) / rate, "pictures")
     times = np.arange(len(names)) / rate
     try:
-        index = sample_indices(
-            times, rate, fps=fps, max_frames=max_frames, min_frames=min_frames, start=start, end=end
-        )
+        index = sample_indices(times, rate, fps=fps, max_frames=max_frames, min_frames=min_frames, start=start, end=end)
     except ValueError as error:
         raise VideoError(path, str(error)) from None
     if len(index) % 2:
@@ -223,7 +227,26 @@ def read_folder(
     return Clip(_collect(reader, index, resize, limits), times[index], info, index)
 
 
-def _collect(reader, index, resize, limits) -> np.ndarray:
+_HELD = 1 << 30  # bytes of packets and pictures that the readers of all stretches may hold
+_TAKEN = 8  # frames that are decoded while one is converted to RGB and resized
+
+
+def stretches(starts, wanted: np.ndarray, parts: int) -> list[slice]:
+    """Cuts the wanted frames (increasing) into at most `parts` slices that take about as long to decode.
+
+    A slice begins where decoding can begin, at one of `starts`, so nothing is decoded twice.
+    """
+    starts = np.union1d(starts, 0)
+    entry = np.searchsorted(starts, wanted, side="right") - 1
+    begin = np.flatnonzero(np.diff(entry, prepend=-1))  # the first wanted frame after each start
+    last = np.append(begin[1:], len(wanted)) - 1
+    cost = wanted[last] - starts[entry[begin]] + 1 + _TAKEN * (last - begin + 1)
+    share = (np.cumsum(cost) - cost / 2) / cost.sum() * parts
+    cuts = begin[np.flatnonzero(np.diff(share.astype(int), prepend=-1))]
+    return [slice(int(a), int(b)) for a, b in zip(cuts, [*cuts[1:], len(wanted)], strict=True)]
+
+
+def _collect(reader, index, resize, limits, parts=1, reopen=None, threads=None) -> np.ndarray:
     height, width = reader.info.height, reader.info.width
     try:
         if isinstance(resize, VideoBudget):
@@ -239,8 +262,23 @@ def _collect(reader, index, resize, limits) -> np.ndarray:
         )
     out = np.empty((len(index), height, width, 3), np.uint8)
     unique, place, repeats = np.unique(index, return_index=True, return_counts=True)
-    for (_, frame), at, count in zip(reader.decode(unique), place, repeats, strict=True):
-        out[at : at + count] = frame if resize is None else resize_frames(frame[None], height, width)
+
+    def fill(reader, rows: slice):
+        for (_, frame), at, count in zip(reader.decode(unique[rows]), place[rows], repeats[rows], strict=True):
+            out[at : at + count] = frame if resize is None else resize_frames(frame[None], height, width)
+
+    def alone(rows: slice):
+        with reopen(threads or max(1, parts // len(shares))) as own:
+            fill(own, rows)
+
+    if parts == 1:
+        fill(reader, slice(None))
+    else:
+        # Each reader keeps the file's packets, and its decoder up to twenty pictures of 1.5 bytes a pixel.
+        held = os.path.getsize(reader.path) + 30 * reader.info.width * reader.info.height
+        shares = stretches(reader.starts, unique, max(1, min(parts, _HELD // held)))
+        with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(alone, shares))  # the first error in the order of the file is raised
     return out
 
 

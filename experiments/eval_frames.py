@@ -7,7 +7,7 @@
     python -m marc_jax.evaluation.compare OUT/64 OUT/16
 
 The paper's Qwen2.5-VL-3B (mean of six benchmarks): 42.21 at 64 frames, 38.32 at 16. Other numbers of frames are other
-features, so each has its own memory. Not measured.
+features: each has a memory of its own. Not measured.
 """
 
 from experiments import eval_benchmark

@@ -243,10 +243,10 @@ class Archive:
 
     @functools.cached_property
     def _read(self) -> Callable:
-        """`read_frames` in one child process, which ends with this object."""
+        """`read_frames` in one child process, which ends with this object; the file is waited for, so on all cores."""
         pool = sandbox.Pool(1, self.decode_seconds)
         weakref.finalize(self, pool.close)
-        return pool.read_frames
+        return functools.partial(pool.read_frames, parts=os.cpu_count() or 1)
 
     def draw(self, path, answer: single.Answer) -> None:
         """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""

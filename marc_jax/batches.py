@@ -99,7 +99,7 @@ class Prompter:
     """
 
     def __init__(
-        self, tokenizer, grid_hw: tuple[int, int], time_scale: float, system: str = "", *, cache: int = 200_000
+        self, tokenizer, grid_hw: tuple[int, int], time_scale: float, system: str = "", *, cache: int = 8192
     ):
         self.tokenizer, self.system = tokenizer, system
         self.shape = Shape("video", grid_hw, time_scale)

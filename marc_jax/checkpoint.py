@@ -378,6 +378,7 @@ class _Failure:
     def __exit__(self, kind, error, _):
         if error is None:
             return
+        gone = not self.partial.exists()
         if jax.process_index() == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
         number, text = getattr(error, "errno", None), str(error)
@@ -385,8 +386,10 @@ class _Failure:
             number = int(told[1])
         if number in (errno.ENOSPC, errno.EDQUOT) or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
             reason = "no space left on the disk"
-        elif number:
+        elif number and number != errno.ENOENT:
             reason = os.strerror(number)
+        elif gone and isinstance(error, Exception):
+            reason = "its folder was removed while it was written"
         elif isinstance(error, OSError | ValueError):
             reason = " ".join(text.split())[:300]
         else:

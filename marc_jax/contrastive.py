@@ -12,6 +12,7 @@ of devices.
 What is trained lies in <workdir>/<stage>/encoder afterwards: `marc_jax.index --encoder` takes that folder.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -23,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data_pipelines import clips, loader, sources
+from data_pipelines import clips, loader, sandbox, sources
+from data_pipelines.containers import DEFAULT_LIMITS
 from marc_jax import checkpoint, loop, optim, sharding, state
 from marc_jax.clip_tokenizer import BPE_FILE
 from marc_jax.config import ConfigError
@@ -90,23 +92,31 @@ def make_step(cfg: clip.Config, tx: optax.GradientTransformation, *, in_batch: f
 
 
 class Batches:
-    """`draw(step)` for `loop.fit`: deterministic in (seed, step), read ahead, bad videos masked and reported."""
+    """`draw(step)` for `loop.fit`: deterministic in (seed, step), read ahead, bad videos masked and reported.
 
-    def __init__(self, stage, tokenizer: Callable, size: int, seed: int, mesh, report: pathlib.Path):
-        """Raises ConfigError: the file of pairs, its first bad row, or too few videos in it."""
+    Videos are decoded in child processes; close it to end them.
+    """
+
+    def __init__(
+        self, stage, tokenizer: Callable, size: int, seed: int, mesh, report: pathlib.Path,
+        seconds: float = DEFAULT_LIMITS.decode_seconds,
+    ):  # fmt: skip
+        """`seconds`: how long a clip may take. Raises ConfigError: the file of pairs, or its first bad row."""
         try:
             pairs = sources.load_pairs(stage.pairs)
         except sources.RecordError as e:
             raise ConfigError(str(e)) from None
         self.groups = clips.by_video(pairs, stage.clips)
         self._stage, self._tokenizer, self._mesh = stage, tokenizer, mesh
-        read = clips.ReadClips(stage.root or str(pathlib.Path(stage.pairs).parent), stage.clips, stage.frames, size)
+        self._pool, root = sandbox.Pool(max(1, stage.workers), seconds), stage.root or pathlib.Path(stage.pairs).parent
+        read = clips.ReadClips(str(root), stage.clips, stage.frames, size, self._pool.read_frames)
         blank = np.zeros((stage.clips, stage.frames, size, size, 3), np.uint8)
         how = {"batch_size": stage.videos, "seed": seed}
         self._rows = loader.dataset(self.groups, lambda group: 0, **how)
         self._begin = functools.partial(
-            loader.iterate, self.groups, read, blank=blank, workers=stage.workers, report=report, **how
+            loader.iterate, self.groups, read, blank=blank, threads=self._pool.workers, report=report, **how
         )
+        self.close = self._pool.close
         self._coming, self._next = iter(()), -1
 
     def draw(self, step: int) -> Batch:
@@ -162,7 +172,9 @@ def train_stage(config, name: str, workdir: pathlib.Path, mesh, stop: Interrupt 
         trained, frozen = optim.partition(params, tuple(stage.trainable))
     except (WeightsError, TokenizerError, ValueError) as e:
         raise ConfigError(f"config.{name}: {e}") from None
-    batches = Batches(stage, tokenizer, cfg.image.size, config.seed, mesh, workdir / name / "unreadable.jsonl")
+    first_process = jax.process_index() == 0
+    report = workdir / name / "unreadable.jsonl" if first_process else None  # all meet the same files
+    batches = Batches(stage, tokenizer, cfg.image.size, config.seed, mesh, report, config.data.decode_seconds)
     tx = optim.make(stage.optimizer, stage.steps)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     first = state.settled(state.create(tx, trained, frozen, key=jax.random.key(config.seed)), mesh)
@@ -170,10 +182,11 @@ def train_stage(config, name: str, workdir: pathlib.Path, mesh, stop: Interrupt 
     advance = make_step(cfg, tx, in_batch=stage.in_batch, dtype=dtype, remat=stage.remat)
     places = jax.tree.map(lambda x: x.sharding, first)
     meta = {"trainable": list(trained), "init": f"{stage.init} {mark}", "model": dataclasses.asdict(cfg)}
-    last, _ = loop.fit(
-        name, workdir, first, batches.draw, jax.jit(advance, donate_argnums=0, out_shardings=(places, None)),
-        loop.Pace(stage.steps, config.log_every, config.save_every), stop=stop, meta=meta, samples=batches.samples,
-    )  # fmt: skip
+    with contextlib.closing(batches):
+        last, _ = loop.fit(
+            name, workdir, first, batches.draw, jax.jit(advance, donate_argnums=0, out_shardings=(places, None)),
+            loop.Pace(stage.steps, config.log_every, config.save_every), stop=stop, meta=meta, samples=batches.samples,
+        )  # fmt: skip
     if checkpoint.latest(out) != stage.steps:
         _export(out, stage.steps, last.model, cfg, init)
     return out

@@ -139,7 +139,8 @@ class Writer:
                     file.write(json.dumps({"step": step, **fast}) + "\n")
         if self._board is not None:
             for name, x in values.items():
-                self._board.add_scalar(name, x, step)
+                if math.isfinite(x):
+                    self._board.add_scalar(name, x, step)
         return values
 
     def close(self) -> None:

@@ -9,23 +9,26 @@ A temporal patch is padded to one number of tokens, a batch to a bucket of tempo
 What a step sees is a function of (seed, stage, step) alone: its position in the data is one integer.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines import loader, sources, video
-from marc_jax import files, metrics
+from data_pipelines import frames, loader, sandbox, sources, video
+from marc_jax import distributed, files, metrics
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.checkpoint import CheckpointError
 from marc_jax.config import ConfigError
@@ -57,29 +60,45 @@ class Records:
         self._most_k, data = max(view.k for view in run.views.values()), run.config.data
         self._buckets, self._second_per_grid = sorted(data.buckets), data.second_per_grid
         self._tokens_per_second, self._patches = run.cfg.tokens_per_second, run.grid_hw[0] * run.grid_hw[1]
-        self._readers = ThreadPoolExecutor(READERS)
+        self._readers, self._packs = ThreadPoolExecutor(READERS), {}
         self.records, self.unreadable = [row_of(record) for record in records], tuple(unreadable)
 
     def draw(self, stage: str, step: int, videos: int, per_video: int, events, types) -> Asked:
-        """The questions of one step, of one video or image each; the same for the same (seed, stage, step).
+        """The questions of one step, about a video or image each; the same for the same (seed, stage, step).
 
-        Every question is met once per epoch; a batch may hold the end of one and the beginning of the next.
+        Up to `per_video` questions about one medium stand together. Every question is met once per epoch; a batch may
+        hold the end of one and the beginning of the next.
         """
-        del per_video, events, types  # of the synthetic set
-        seed, rows = zlib.crc32(f"{self._seed}/{stage}".encode()), []
+        del events, types  # of the synthetic set
+        seed, rows, together = zlib.crc32(f"{self._seed}/{stage}".encode()), [], self._together(per_video)
         for position in range(step * videos, (step + 1) * videos):
-            epoch, at = divmod(position, len(self._records))
-            rows.append(int(loader.epoch_order(len(self._records), seed, epoch)[at]))
-        return self.asked(rows)
+            epoch, at = divmod(position, len(together))
+            rows.append(together[int(loader.epoch_order(len(together), seed, epoch)[at])])
+        return self._asked(rows)
+
+    def _together(self, most: int) -> list[tuple[int, ...]]:
+        """All questions, up to `most` about the same medium together."""
+        if most not in self._packs:
+            media: dict[str, list[int]] = {}
+            for i, record in enumerate(self._records):
+                media.setdefault(media_key(record) if most > 1 else str(i), []).append(i)
+            packs = (rows[start : start + most] for rows in media.values() for start in range(0, len(rows), most))
+            self._packs[most] = [tuple(rows) for rows in packs]
+        return self._packs[most]
 
     def asked(self, rows: Sequence[int]) -> Asked:
-        """These questions, padded to the smallest sizes that hold them."""
-        records = [self._records[i] for i in rows]
+        """These questions, one in each row, padded to the smallest sizes that hold them."""
+        return self._asked([(i,) for i in rows])
+
+    def _asked(self, rows: Sequence[tuple[int, ...]]) -> Asked:
+        records_bg = [[self._records[i] for i in row] for row in rows]
+        records = [row[0] for row in records_bg]
         entries = list(self._readers.map(lambda record: self._memory[media_key(record)], records))
         shapes = tuple(self._shape(*pair) for pair in zip(records, entries, strict=True))
-        texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r in records]
-        words = [self._prompter.words(*pair)[1] for pair in zip(texts, shapes, strict=True)]
-        said = [self._prompter.spoken(record.target) for record in records]
+        shaped = [(record, shape) for row, shape in zip(records_bg, shapes, strict=True) for record in row]
+        texts = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r, _ in shaped]
+        words = [self._prompter.words(text, shape)[1] for text, (_, shape) in zip(texts, shaped, strict=True)]
+        said = [self._prompter.spoken(record.target) for record, _ in shaped]
         most = bucket(max(len(entry.tokens) for entry in entries), self._buckets)
         sizes = dataclasses.replace(
             self.sizes, patches=most, events=max(most, self._most_k), event=most,
@@ -89,11 +108,10 @@ class Records:
         bank = np.zeros((len(rows), most, self._patches, first.shape[-1]), first.dtype)
         for row, entry in zip(bank, entries, strict=True):
             row[: len(entry.tokens), : entry.tokens.shape[1]] = entry.tokens
-        query_bd = None if self._query_nd is None else self._query_nd[list(rows)]
+        query_bd = None if self._query_nd is None else self._query_nd[[row[0] for row in rows]]
         ids_b = np.array([record.row for record in records])
         return Asked(
-            spans(entries, sizes.events, query_bd), [[record] for record in records], ids_b, sizes, self._style, shapes,
-            bank, query_bd,
+            spans(entries, sizes.events, query_bd), records_bg, ids_b, sizes, self._style, shapes, bank, query_bd,
         )  # fmt: skip
 
     def _shape(self, record: sources.Record, entry: store.MemoryEntry) -> Shape:
@@ -207,8 +225,9 @@ def over_memory(
     bad |= {r.row: _bad(r, reason) for r in records if r.row not in bad and (reason := _absent(run, r))}
     if not run.config.data.skip_bad:
         _exclude(run, file, bad, total)  # before hours of decoding
-    encoder, pool = chosen_encoder(run)
-    worker = open_indexer(run, run.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
+    alone = run.alone()
+    encoder, pool = chosen_encoder(alone)
+    worker = open_indexer(alone, alone.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
     bad |= {r.row: _bad(r, broken[media_key(r)]) for r in records if media_key(r) in broken}
@@ -286,31 +305,47 @@ def open_indexer(run: Run, params: dict, encoder, pool: str, shots: str, option:
 def remember(run: Run, worker: indexer.Indexer, records) -> tuple[store.MemoryReader, dict[str, str]]:
     """The memory of the records' media, and {key: reason} of those that cannot be read.
 
-    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most.
+    A file whose size or time has changed since is read anew. A run that is killed loses FLUSH files at most. Several
+    processes share the work; `worker` is then one of this process's devices alone. Raises ConfigError: they do not see
+    one folder.
     """
+    parts, part = jax.process_count(), jax.process_index()
     root, folder = run.config.data.root, Path(run.config.data.memory or run.workdir / "memory")
-    media = list({media_key(record): record for record in records}.values())
-    decode, broken = functools.partial(_decode, worker, root), {}
+    keys = {media_key(record): record for record in records}
+    media = list(keys.values())[part::parts]
+    pool = sandbox.Pool(max(1, run.config.data.workers), run.config.data.decode_seconds)
+    try:
+        kept = frames.Frames(run.config.data.frames, pool.read_frames) if run.config.data.frames else None
+    except OSError as error:
+        raise ConfigError(f"config.data.frames = {run.config.data.frames!r}: {error.strerror}") from None
+    decode, broken = functools.partial(_decode, worker, root, pool.read_frames, kept), {}
     with (
         store.MemoryWriter(folder, worker.fingerprint, tokens=run.config.data.tokens) as writer,
         metrics.Progress("memory", len(media)) as bar,
     ):
         memory = store.MemoryReader(folder, worker.fingerprint)
         todo = [record for record in media if not _current(memory, root, record)]
-        for done, (record, decoded, bad) in enumerate(loader.decode_ahead(todo, decode, run.config.data.workers), 1):
-            if bad is not None:
-                broken[media_key(record)] = bad["reason"]
-            else:
-                entry, stamp = worker.encode(decoded), _stamp(root, record.path)
-                writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
-            if done % FLUSH == 0:
-                writer.flush()
-            bar.update(len(media) - len(todo) + done, failed=len(broken))
+        work = loader.decode_ahead(todo, decode, pool.workers)
+        with contextlib.closing(work), pool:  # stopped, the pool ends first: no thread waits for a file then
+            for done, (record, decoded, bad) in enumerate(work, 1):
+                if bad is not None:
+                    broken[media_key(record)] = bad["reason"]
+                else:
+                    entry, stamp = worker.encode(decoded), _stamp(root, record.path)
+                    writer.add(media_key(record), dataclasses.replace(entry, extra=entry.extra | stamp))
+                if done % FLUSH == 0:
+                    writer.flush()
+                bar.update(len(media) - len(todo) + done, failed=len(broken))
+    broken = functools.reduce(operator.or_, distributed.exchanged(broken))
     memory.refresh()
+    if unseen := [key for key in keys if key not in memory and key not in broken]:
+        raise ConfigError(f"{folder} lacks {unseen[0]!r}, which another process has added: all need to see one folder")
     return memory, broken
 
 
-def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> indexer.Decoded:
+def _decode(
+    worker: indexer.Indexer, root: str, read: Callable, kept: frames.Frames | None, record: sources.Record
+) -> indexer.Decoded:
     start, end = clip_of(record) or (None, None)
     if record.data_type == "frame" and os.path.isdir(folder := sources.confined_path(root, record.path)):
         told = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder))
@@ -320,7 +355,8 @@ def _decode(worker: indexer.Indexer, root: str, record: sources.Record) -> index
     path = sources.media_path(root, record.path)
     if record.data_type == "image":
         return worker.decode_image(path)
-    return worker.decode(path, read=functools.partial(video.read_frames, start=start, end=end))
+    sha256, read = (None, read) if kept is None else (kept.sha256(path), kept.read)
+    return worker.decode(path, sha256, functools.partial(read, start=start, end=end))
 
 
 def _stamp(root: str, path: str) -> dict:
@@ -343,7 +379,8 @@ def _exclude(run: Run, file: str, bad: dict[int, dict], total: int) -> None:
     if not bad:
         return
     path, listed = run.workdir / f"{Path(file).stem}.bad.jsonl", [bad[row] for row in sorted(bad)]
-    files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
+    if jax.process_index() == 0:
+        files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
     first = listed[0]
     where = f"line {first['line']}" if first["line"] else f"row {first['row']}"
     first = f"{where}: {first['path']}: {first['reason']}".replace(": : ", ": ")
@@ -360,8 +397,9 @@ def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, prob
     """Embeddings [N, D] of the questions, kept beside the memory."""
     told = json.dumps([encoder.fingerprint, problems]).encode()
     path = memory.path / f"questions-{hashlib.sha256(told).hexdigest()[:16]}.npy"
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         content = io.BytesIO()
         np.save(content, encoder.embed_texts(problems))
         files.write_whole(path, content.getvalue())
+    distributed.exchanged(None)  # it is there
     return np.load(path, allow_pickle=False)

@@ -103,6 +103,12 @@ class Run:
         everywhere = sharding.replicated(self.mesh)
         return jax.tree.map(lambda x: sharding.place(x, everywhere), tree)
 
+    def alone(self) -> "Run":
+        """This run on the devices of this process alone, for what each process computes of other data."""
+        if jax.process_count() == 1:
+            return self
+        return dataclasses.replace(self, mesh=sharding.make_mesh(devices=jax.local_devices()))
+
     def settle(self, state):
         """`state.settled` on the run's mesh."""
         return settled(state, self.mesh)
@@ -233,14 +239,16 @@ def kept_config(folder) -> dict | None:
     return config if "stages" in config else None
 
 
-def own_encoder(folder) -> encoders.SmallEncoder | None:
-    """The retriever that the run in `folder` trained, with the tower it was trained on; None: no run there.
+def own_encoder(folder, mesh: Mesh) -> encoders.SmallEncoder | None:
+    """The retriever that the run in `folder` trained, with the tower it was trained on, on `mesh`; None: no run there.
 
     Raises ConfigError: the run has no finished retriever, or its tower's weights cannot be read.
     """
     if not kept_config(folder):
         return None
     there, _ = opened(folder)
+    there = dataclasses.replace(there, mesh=mesh)
+    there.load_retriever()
     params = there.parameters(there.config[there.retriever_stage].init)
     queries = functools.partial(there.prompter.queries, length=there.sizes.question)
     return encoders.SmallEncoder(there.cfg, params, there.retriever, there.config.data.size, queries)
@@ -260,7 +268,7 @@ def chosen_encoder(here: Run, path: str | None = None, pool: str | None = None):
     if not path:
         return None, pool
     try:
-        return own_encoder(path) or encoders.open_encoder(path, mesh=here.mesh), pool
+        return own_encoder(path, here.mesh) or encoders.open_encoder(path, mesh=here.mesh), pool
     except (ConfigError, WeightsError, TokenizerError) as e:
         raise ConfigError(f"--encoder: {e}") from None
 
@@ -308,6 +316,13 @@ def prepare(config, workdir: Path) -> Run:
     check_sources(config, run.cfg)
     pretrained.fits(run.cfg, run.tokenizer)
     return run
+
+
+def check_batch(run: Run, name: str) -> None:
+    """Raises ConfigError where a stage's videos cannot be shared out among the devices."""
+    ways, videos = run.mesh.shape["data"] * run.mesh.shape["fsdp"], run.config[name].videos
+    if videos % ways:
+        raise ConfigError(f"config.{name}.videos = {videos} does not divide over {ways} devices (data x fsdp)")
 
 
 def to_be_given(config) -> list[tuple[str, str]]:

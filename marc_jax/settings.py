@@ -32,10 +32,12 @@ def base() -> ConfigDict:
     Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
     media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
     image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
-    checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`;
+    checkpoints know it). `memory` is the folder of the features (default in the workdir), kept as `tokens`; `frames` is
+    one of sampled frames for runs with another tower or encoder (`data_pipelines.frames`; "": none);
     `shots` a folder of TransNetV2 weights. A batch is padded to one of `buckets` temporal patches, its texts to
-    `question_tokens` and `answer_tokens` or half of them. `sample` is how many rows of a training file are drawn (0:
-    all); `skip_bad` leaves out those that cannot be used.
+    `question_tokens` and `answer_tokens` or half of them. `workers` processes decode, a file in at most
+    `decode_seconds`. `sample` is how many rows of a training file are drawn (0: all);
+    `skip_bad` leaves out those that cannot be used.
     `eval.limit` asks only so many of the held-out questions, the first (0: all).
     `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations
     (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
@@ -61,7 +63,8 @@ def base() -> ConfigDict:
             "keep_decoded": False,
             "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
-            "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "",
+            "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "", "frames": "",
+            "decode_seconds": 1800.0,
         },
         "model": {
             "size": "", "dtype": "float32", "frozen_dtype": "float32", "attention": "auto", "remat": "",
@@ -220,8 +223,13 @@ def _file_problems(config) -> list[str]:
     for name in (name for name in config.stages if name in config):
         if config[name].kind == "retriever":
             wrong.append(f"{name}: files do not say which events a question needs; give config.encoder.path instead")
-        if config[name].visual != "features" or config[name].get("questions", 1) != 1:
-            wrong.append(f"{name}: training on files takes visual = 'features' and one question per video")
+        if config[name].visual != "features":
+            wrong.append(f"{name}: training on files takes visual = 'features'")
+        wrong += [
+            f"{name}.questions share one look at their video, but view {view!r} looks by the question: take 1"
+            for view in (stage_settings.ladder(config[name]) if config[name].get("questions", 1) > 1 else ())
+            if view in config.views and config.views[view].select == "retrieve"
+        ]  # fmt: skip
     return wrong
 
 
@@ -262,7 +270,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         before, now = json.loads(path.read_text()), json.loads(text)
         before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
-            for name in ("test", "root", "skip_bad", "workers", "memory", "keep_decoded"):
+            for name in ("test", "root", "skip_bad", "workers", "memory", "keep_decoded", "frames", "decode_seconds"):
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only", "watch"):
                 c.pop(name, None)

@@ -175,8 +175,13 @@ def place_all(tree: Any, where: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Whole numpy arrays of what is split over the mesh; with several processes a collective."""
-    return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+    """Whole numpy arrays of what is split over the mesh; a collective where it is split over processes."""
+
+    def one(x):
+        split = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return multihost_utils.process_allgather(x, tiled=True) if split else jax.device_get(x)
+
+    return jax.tree.map(one, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -57,8 +57,8 @@ def stage(kind: str) -> ConfigDict:
     batches are drawn to replace dead groups; `skip_dead` leaves out those that remain, their KL term included.
 
     "encoder" (`marc_jax.contrastive`): `pairs` is a file of pairs under the data root `root` ("": the file's folder);
-    a step sees `videos` videos, `clips` pairs of each, `frames` frames of each clip; `workers` processes read them (0:
-    threads); `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
+    a step sees `videos` videos, `clips` pairs of each, `frames` frames of each clip; `workers` processes decode them;
+    `dtype` is that of the computation ("auto": bfloat16 on an accelerator).
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
@@ -85,7 +85,7 @@ def stage(kind: str) -> ConfigDict:
         "cgrpo": grouped, "grpo": grouped | {"alpha": 0.0},
         "encoder": {
             "pairs": "", "root": "", "clips": 4, "frames": 8, "in_batch": 1.0, "trainable": (".*",), "dtype": "auto",
-            "remat": True, "workers": 0,
+            "remat": True, "workers": 2,
         },
     }[kind])  # fmt: skip
     c.optimizer = optimizer()

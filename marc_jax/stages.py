@@ -24,7 +24,7 @@ from marc_jax.distill import distill
 from marc_jax.memory import embed, retrieve
 from marc_jax.memory import view as views
 from marc_jax.rl import step
-from marc_jax.run import Run, embedded
+from marc_jax.run import Run, check_batch, embedded
 
 
 def build(run: Run, name: str):
@@ -32,9 +32,7 @@ def build(run: Run, name: str):
     stage = run.config[name]
     if stage.kind not in KINDS:
         raise ConfigError(f"config.{name}.kind is {stage.kind!r}; known: {', '.join(KINDS)}")
-    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    if stage.videos % ways:
-        raise ConfigError(f"config.{name}.videos = {stage.videos} does not divide over {ways} devices (data x fsdp)")
+    check_batch(run, name)
     if stage.kind == "retriever":
         return retriever(run, name)
     names = stage_settings.ladder(stage)
@@ -69,7 +67,7 @@ def samples(run: Run, name: str, number: int) -> dict[str, dict]:
 
 def sft(run: Run, name: str, begun: parts.Begun, view: views.View) -> tuple[Callable, Callable]:
     """(draw, learn) through one view. Questions about one video share the prompt up to its last visual token."""
-    stage, most = run.config[name], run.sizes.event
+    stage, most, g = run.config[name], run.sizes.event, run.config[name].questions
     many = {"micro_batches": stage.micro_batches, **run.binding}
     update = step.make_sft_step(run.cfg, parts.encoder(run, view), begun.tx, **many)
 
@@ -86,11 +84,14 @@ def sft(run: Run, name: str, begun: parts.Begun, view: views.View) -> tuple[Call
         index, sizes = asked.index(), asked.sizes
         kept, lengths = view.kept(sizes.patches, most), index.mask_bt.sum(1)
         texts_bg = asked.told_bg(view, kept, run.prompter.tokens_per_patch)
-        split = run.prompter.split(texts_bg, asked.answers_bg, kept, lengths, sizes, asked.shapes)
+        # A video with fewer questions repeats its first, which is then masked.
+        texts_bg, answers_bg = ([row + row[:1] * (g - len(row)) for row in x] for x in (texts_bg, asked.answers_bg))
+        real_bg1 = (np.arange(g) < np.array([[len(row)] for row in asked.questions_bg]))[..., None]
+        prompt, tokens, mask, train = run.prompter.split(texts_bg, answers_bg, kept, lengths, sizes, asked.shapes)
         blind = np.arange(stage.videos) < stage.blind * stage.videos
         index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
-        queries = run.queries(asked, asked.problems[:: stage.questions])
-        return run.split(asked.bank, index, queries, *split)
+        queries = run.queries(asked, [row[0] for row in asked.problems_bg])
+        return run.split(asked.bank, index, queries, prompt, tokens, mask & real_bg1, train & real_bg1)
 
     def learn(now, batch):
         own, index, *others = batch

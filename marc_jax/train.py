@@ -62,15 +62,16 @@ def train(config, workdir: Path) -> None:
 
     # ---------------------------------------------------------------- data: files, then patches and events in memory
     here = run.prepare(config, workdir)
+    wanted = [name for name in config.stages if not any(config.only) or name in config.only]
+    for name in wanted:
+        run.check_batch(here, name)
     on_files = settings.on_files(config)
     (records if on_files else synthetic).load_training(here)
     timings["data"] = time.monotonic() - started
 
     # ---------------------------------------------------------------- stages: each from its checkpoint or from its init
     with Interrupt() as stop:
-        for name in config.stages:
-            if any(config.only) and name not in config.only:
-                continue
+        for name in wanted:
             begun = time.monotonic()
             watch = here.watch = watched(here, name)
             first, draw, step_fn, trainable = stages.build(here, name)
@@ -86,10 +87,10 @@ def train(config, workdir: Path) -> None:
             timings[name] = time.monotonic() - begun
 
     # ---------------------------------------------------------------- evaluation and report
-    wanted = config.eval.arms and not any(config.only) and (config.data.test or not on_files)
+    reports = config.eval.arms and not any(config.only) and (config.data.test or not on_files)
     if jax.process_count() > 1:
         print("a run of several processes leaves its report to: python -m marc_jax.eval", file=sys.stderr)
-    elif wanted:
+    elif reports:
         with locks.held(workdir / "report" / ".lock", f"the report of {workdir}"):
             experiment.report_on(here, timings, started)
 

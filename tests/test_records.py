@@ -1,10 +1,12 @@
 """Video-R1 records on real files, a published checkpoint (tiny, random) and a tiny PE-Core: every stage, then eval."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -12,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import patches
-from marc_jax import batches, messages, pretrained, records, run, settings
+from data_pipelines import patches, sandbox
+from marc_jax import batches, messages, pretrained, records, run, settings, sharding, stages
 from marc_jax.archive import Archive
 from marc_jax.config import ConfigError
-from marc_jax.memory import indexer
+from marc_jax.memory import indexer, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import rollout
@@ -117,6 +119,33 @@ def test_a_resumed_stage_gives_the_same_losses(trained, place, repo):
     again = start(repo, place, "train", f"--workdir={trained}", "--config.only=('sft',)")
     assert again.returncode == 0, again.stderr[-3000:]
     assert lines(trained / "sft" / "metrics.jsonl") == before
+
+
+def test_two_processes_share_the_reading_and_learn_the_same(trained, place, repo, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        told = f"--coordinator=127.0.0.1:{server.getsockname()[1]}"
+    arguments = (f"--workdir={tmp_path}", "--config.only=('sft',)", told, "--processes=2")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        pair = list(pool.map(lambda i: start(repo, place, "train", *arguments, f"--process={i}"), range(2)))
+    assert all(done.returncode == 0 for done in pair), [done.stderr[-2000:] for done in pair]
+    one, two = (store.MemoryReader(folder / "memory", None) for folder in (trained, tmp_path))
+    assert two.shards == 2 and set(one) == set(two) and all((one[k].tokens == two[k].tokens).all() for k in one)
+    losses = [[row["loss"] for row in lines(folder / "sft" / "metrics.jsonl")] for folder in (trained, tmp_path)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_decoder_that_dies_costs_only_its_file(trained, place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.Pool.__init__.__kwdefaults__, "decoder", "fake_decoders:read_or_fail")
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parent / "data_pipelines")
+    shutil.copytree(place / "media", tmp_path / "media")
+    shutil.copyfile(place / "media" / "dog.mp4", tmp_path / "media" / "segfault.mp4")
+    made = rows()
+    made[1]["path"] = "./segfault.mp4"
+    (tmp_path / "train.json").write_text(json.dumps(made))
+    config = settings.experiment(str(place / "tiny.py"), [f"--config.data.root={tmp_path / 'media'}"])
+    here = run.prepare(config, tmp_path)
+    with pytest.raises(ConfigError, match="1 of 5 rows cannot be used .* 1: ./segfault.mp4: its decoder died"):
+        records.open_records(here, str(tmp_path / "train.json"), "train")
 
 
 def test_the_teacher_can_be_asked_beforehand(trained, place, repo):
@@ -230,6 +259,27 @@ def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once
     seen = [i for asked in draws for i in asked.ids_b.tolist()]
     assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5)) and seen[:5] != seen[5:]
     assert [asked.image_b.sum() for asked in draws] == [(asked.ids_b == 2).sum() for asked in draws]
+    packed = [source.draw("sft", step, 1, 2, None, None) for step in range(3)]  # two videos of two, a picture of one
+    met = [[record.row for record in asked.questions_bg[0]] for asked in packed]
+    assert sorted(map(tuple, met)) == [(0, 4), (1, 3), (2,)]
+    assert [asked.ids_b.tolist() for asked in packed] == [row[:1] for row in met]
+    assert all(len({record.path for record in asked.questions_bg[0]}) == 1 for asked in packed)
+
+
+def test_several_questions_about_one_video_share_a_row(trained, place):
+    """Their loss is that of the same questions in rows of their own, token by token."""
+    here, source = opened(trained, place)
+    losses, mesh = {}, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for questions, videos in ((2, 3), (1, 5)):
+        stage = here.config.sft.copy_and_resolve_references()
+        stage.update(view="whole", questions=questions, videos=videos, init="")
+        config = here.config.copy_and_resolve_references()
+        config.sft = stage
+        now = dataclasses.replace(here, config=config, mesh=mesh, sources={stage.file: source})
+        first, draw, learn, _ = stages.build(now, "sft")
+        losses[questions] = jax.device_get(learn(first, draw(0))[1]["loss"])
+    assert losses[2][1] == losses[1][1]
+    np.testing.assert_allclose(losses[2][0], losses[1][0], rtol=1e-5)
 
 
 def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(trained, place):

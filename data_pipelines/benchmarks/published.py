@@ -14,6 +14,7 @@ OpenGVLab/Ask-Anything video_chat2/mvbench.ipynb (MVBench), llyx97/TempCompass, 
 jayleicn/moment_detr data/README (QVHighlights); each also as EvolvingLMMs-Lab/lmms-eval reads it.
 """
 
+import math
 import re
 import string
 
@@ -75,7 +76,8 @@ def _get(row: dict, name: str, kind=str, allowed=None):
     if value is None:
         raise Wrong(name, "is missing")
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise Wrong(name, f"is {value!r:.60}, not a {getattr(kind, '__name__', 'number or text')}")
+        wanted = {str: "a text", int: "a number", list: "a list", dict: "an object"}
+        raise Wrong(name, f"is {value!r:.60}, not {wanted.get(kind, 'a number or a text')}")
     if allowed is not None and value not in allowed:
         raise Wrong(name, f"is {value!r:.60}, not one of {', '.join(allowed)}")
     return value
@@ -94,8 +96,10 @@ def bare(options) -> list[str]:
     return [option[match.end() :] if (match := _LETTERED.match(option)) else option for option in options]
 
 
-def _choice(field: str, options: list, answer: str, answer_field: str) -> dict:
+def _choice(field: str, options, answer: str, answer_field: str) -> dict:
     """The fields of a multiple choice question; `answer` is a letter."""
+    if not isinstance(options, list):
+        raise Wrong(field, f"is {options!r:.60}, not a list of texts")
     if not 2 <= len(options) <= len(LETTERS):
         raise Wrong(field, f"holds {len(options)} options of a multiple choice question")
     for i, option in enumerate(options):
@@ -104,6 +108,14 @@ def _choice(field: str, options: list, answer: str, answer_field: str) -> dict:
     if answer not in LETTERS[: len(options)] or len(answer) != 1:
         raise Wrong(answer_field, f"is {answer!r:.40}, not one of the letters of {len(options)} options")
     return {"problem_type": "multiple choice", "options": lettered(options), "solution": wrapped(answer)}
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is one, and finite."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def wrapped(answer) -> str:
@@ -129,15 +141,13 @@ def vsibench(row: dict, name: str, keys: tuple) -> dict:
     """test.jsonl or Parquet: id, dataset, scene_name, question_type, question, options, ground_truth."""
     kind = _get(row, "question_type", allowed=VSI_NUMBERS + VSI_CHOICES)
     scene = f"{_get(row, 'dataset')}/{_get(row, 'scene_name')}.mp4"
-    truth = _get(row, "ground_truth", (str, int, float))
-    published = {"ground_truth": str(truth), "number": kind in VSI_NUMBERS}
+    truth = str(_get(row, "ground_truth", (str, int, float)))
+    published = {"ground_truth": truth, "number": kind in VSI_NUMBERS}
     out = _video(_get(row, "id", (int, str)), _get(row, "question"), kind, (scene,), published)
     if kind in VSI_CHOICES:
-        return out | _choice("options", row.get("options") or [], str(truth).strip(), "ground_truth")
-    try:
-        float(truth)
-    except ValueError:
-        raise Wrong("ground_truth", f"is {truth!r:.40}, not a number") from None
+        return out | _choice("options", row.get("options") or [], truth.strip(), "ground_truth")
+    if not _is_number(truth):
+        raise Wrong("ground_truth", f"is {truth!r:.40}, not a number")
     return out | {"problem_type": "regression", "options": [], "solution": wrapped(truth)}
 
 
@@ -145,6 +155,7 @@ def videomme(row: dict, name: str, keys: tuple) -> dict:
     """Parquet or JSON: videoID, duration, domain, sub_category, question_id, task_type, question, options, answer."""
     video = _get(row, "videoID")
     published = {field: row.get(field) for field in _VIDEOMME}
+    published["video_id"] = _get(row, "video_id") if row.get("video_id") else None
     published["answer"] = answer = _get(row, "answer")
     duration = _get(row, "duration", allowed=("short", "medium", "long"))
     paths = [f"{folder}{video}.mp4" for folder in ("data/", "video/", "videos/", "")]
@@ -158,13 +169,16 @@ def mmvu(row: dict, name: str, keys: tuple) -> dict:
     video = _get(row, "video" if "video" in row else "video_path")
     path = "videos/" + video.rpartition("/videos/")[2]
     subject = path.split("/")[1] if path.count("/") > 1 else ""
-    subject = (row.get("metadata") or {}).get("subject") or subject.replace("_", " ")
+    told = _get(row, "metadata", dict) if row.get("metadata") else {}
+    subject = _get(told, "subject") if told.get("subject") else subject.replace("_", " ")
     published = {field: row.get(field) for field in ("id", "question_type", "question", "choices", "answer")}
     out = _video(_get(row, "id", (str, int)), _get(row, "question"), subject, (path,), published)
     answer = _get(row, "answer", (str, int, float))
     if kind == "open-ended":
         return out | _text(answer)
     choices = _get(row, "choices", dict)
+    if sorted(choices) != list(LETTERS[: len(choices)]):
+        raise Wrong("choices", f"is {choices!r:.60}, not an object of A, B, ...")
     return out | _choice("choices", [choices[letter] for letter in sorted(choices)], str(answer).strip(), "answer")
 
 
@@ -224,8 +238,12 @@ def videommmu(row: dict, name: str, keys: tuple) -> dict:
     paths = [f"{folder}/{video}.mp4" for folder in (*folders, "videos")] + [f"{video}.mp4"]
     answer = _get(row, "answer", (str, list))
     # Perception and comprehension name no type: all of theirs are choices.
-    kind = row.get("question_type")
-    kind = kind if kind in ("multiple-choice", "open") else ("multiple-choice" if options else "open")
+    kind = row.get("question_type") or ("multiple-choice" if options else "open")
+    kind = "multiple-choice" if kind in ("perception", "comprehension") else kind
+    if kind not in ("multiple-choice", "open"):
+        raise Wrong("question_type", f"is {kind!r:.40}, not one of multiple-choice, open")
+    if isinstance(answer, list) and not (answer and all(isinstance(text, str) for text in answer)):
+        raise Wrong("answer", f"is {answer!r:.60}, not texts")
     published = {"id": video, "track": track, "subject": subject, "options": options, "answer": answer, "type": kind}
     problem = re.sub(r"\s*<image 1>\s*", " ", _get(row, "question")).strip()
     out = _video(f"{track}/{keys[-1]}", problem, track, paths, published)
@@ -270,7 +288,24 @@ def of_video_r1(benchmark: str, row: dict, kind: str) -> dict:
         name = row["path"].rpartition("/")[2].rpartition(".")[0]
         return {"id": name, "track": kind, "options": texts, "answer": answer,
                 "type": "multiple-choice" if choice else "open"}  # fmt: skip
+    if benchmark == "nextqa":
+        number = LETTERS.find(answer) if answer else -1
+        return {"key": row["problem_id"], "type": kind, "answer": number, "options": texts}
+    if benchmark == "tempcompass":  # which of the four tasks a row is of, only its options tell
+        yes_no = sorted(text.strip(" .").lower() for text in texts) == ["no", "yes"]
+        own = dict(zip(LETTERS, texts if yes_no else lettered(list(row.get("options") or [])), strict=False))
+        right = own.get(answer, answer)
+        video = row["path"].rpartition("/")[2].rpartition(".")[0]
+        return {"task": "yes_no" if yes_no else "multi-choice", "video_id": video, "dim": kind,
+                "question": "\n".join([row["problem"], *([] if yes_no else own.values())]),
+                "answer": right.strip(" .").lower() if yes_no else right}  # fmt: skip
     return {}
+
+
+def _numbers(values, count: int) -> bool:
+    """Whether it is a list of so many finite numbers."""
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    return numbers and len(values) == count
 
 
 def qvhighlights(row: dict, name: str, keys: tuple) -> dict:
@@ -283,11 +318,16 @@ def qvhighlights(row: dict, name: str, keys: tuple) -> dict:
     if not isinstance(windows, list) or not windows:
         raise Wrong("relevant_windows", "is missing or empty (the test split publishes none)")
     for window in windows:
-        if not isinstance(window, list) or len(window) != 2 or not 0 <= window[0] < window[1]:
+        if not _numbers(window, 2) or not 0 <= window[0] < window[1]:
             raise Wrong("relevant_windows", f"holds {window!r:.40}, not a [start, end] in seconds")
-    scores, clips = row.get("saliency_scores") or [], row.get("relevant_clip_ids") or []
+    judged = ("saliency_scores", "relevant_clip_ids")
+    scores, clips = (_get(row, name, list) if row.get(name) else [] for name in judged)
     if len(scores) != len(clips):
         raise Wrong("saliency_scores", f"has {len(scores)} entries for {len(clips)} relevant_clip_ids")
+    if wrong := [score for score in scores if not _numbers(score, 3)]:
+        raise Wrong("saliency_scores", f"holds {wrong[0]!r:.40}, not the scores of three annotators")
+    if wrong := [clip for clip in clips if type(clip) is not int or not 0 <= clip < duration // 2]:
+        raise Wrong("relevant_clip_ids", f"holds {wrong[0]!r:.40}, no clip of 2 s of the video's {duration} s")
     kept = ("qid", "query", "vid", "duration", "relevant_windows", "relevant_clip_ids", "saliency_scores")
     paths = [f"{folder}{video}.mp4" for folder in ("videos/", "")]
     out = _video(_get(row, "qid", int), _get(row, "query"), "moment", paths, {field: row.get(field) for field in kept})

@@ -11,7 +11,6 @@ outside the data root) stops the reading with the list of all of them; `skip_bad
 
 import dataclasses
 import os
-import re
 from pathlib import Path
 
 from data_pipelines import sources
@@ -32,7 +31,6 @@ FORMS = {
 }
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _NO_ROOT = os.path.join(os.sep, "no data root")
-_LETTER = re.compile(r"<answer>\s*([A-Z])\s*</answer>")
 
 
 class BadRows(ValueError):
@@ -113,7 +111,7 @@ def _file(benchmark: str, file: Path):
             yield RecordError(file, row, None, f"is {type(value).__name__}, not an object", line)
             continue
         if video_r1 is None:
-            video_r1 = "problem_type" in value and "solution" in value
+            video_r1 = "problem_type" in value and "solution" in value and benchmark != "qvhighlights"
         try:
             raw = _video_r1(benchmark, value) if video_r1 else form(value, name, keys)
             yield _parsed(benchmark, raw, file, row, line)
@@ -121,6 +119,8 @@ def _file(benchmark: str, file: Path):
             yield RecordError(file, row, error.field, error.reason, line)
         except RecordError as error:
             yield error
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # values of kinds nobody thought of
+            yield RecordError(file, row, None, f"is no row of {benchmark} ({error})", line)
 
 
 def _parsed(benchmark: str, raw: dict, file: Path, row: int, line: int | None) -> _Origin:
@@ -131,6 +131,8 @@ def _parsed(benchmark: str, raw: dict, file: Path, row: int, line: int | None) -
     if "published" not in record.extra:
         fields = vars(record) | record.extra
         record.extra["published"] = published.of_video_r1(benchmark, fields, raw["question_type"])
+        if "task" in record.extra["published"]:
+            record.extra["task"] = record.extra["published"]["task"]
     return _Origin(**vars(record) | {"problem_type": kind}, file=os.fspath(file))
 
 
@@ -158,13 +160,28 @@ def _video_r1(benchmark: str, row: dict) -> dict:
     elif benchmark == "mmvu":
         kind = path.split("/")[-2].replace("_", " ") if "/" in path else ""
     kind = row.get("task_type") or row.get("dim") or kind
-    found = _LETTER.fullmatch(str(row.get("solution")).strip())
-    options = row.get("options") or []
-    if row.get("problem_type") == "multiple choice" and found and len(options) > 1:
-        if not any(str(option).startswith(found[1]) for option in options):
-            raise published.Wrong("solution", f"is {found[1]}, the letter of none of the {len(options)} options")
+    for name, value in (("question_type", kind), *((n, row.get(n) or "") for n in ("duration", "video_id"))):
+        if not isinstance(value, str):
+            raise published.Wrong(name, f"is {value!r:.60}, not a text")
+    solution, options = str(row.get("solution")).strip(), row.get("options") or []
+    if not (solution.startswith("<answer>") and solution.endswith("</answer>")):
+        raise published.Wrong("solution", f"is {solution!r:.60}, not <answer>...</answer>")
+    if row.get("problem_type") == "multiple choice":
+        _check_letter(solution, options)
     paths = (path, path.removesuffix(".mp4")) if row.get("data_type") == "frame" else (path,)
     return {**row, "question_type": kind, "duration": row.get("duration") or "", "paths": paths}
+
+
+def _check_letter(solution: str, options) -> None:
+    """Wrong unless a choice's solution is the letter of one of its options."""
+    if not isinstance(options, list) or len(options) < 2:
+        return  # `parse_record` says so
+    if blank := [option for option in options if not str(option).strip()]:
+        raise published.Wrong("options", f"holds {blank[0]!r}, an option without text")
+    letter = published.unwrapped(solution)
+    own = dict(zip(published.LETTERS, map(str, options), strict=False)).get(letter)
+    if own is None or not own.startswith(letter):
+        raise published.Wrong("solution", f"is {letter!r:.40}, the letter of none of the {len(options)} options")
 
 
 def _once(records: list[_Origin], errors: list[RecordError]):

@@ -113,7 +113,7 @@ def as_published(benchmark: str, record, completion: str) -> str:
         if letter is None:
             return text
         if task == "yes_no":
-            return "yes" if letter == "A" else "no"
+            return "yes" if "yes" in record.options[ord(letter) - ord("A")].lower() else "no"
         return record.extra["published"]["question"].split("\n")[1:][ord(letter) - ord("A")]
     return text
 

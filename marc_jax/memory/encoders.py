@@ -99,6 +99,8 @@ class DualEncoder:
         fingerprint: of the weights; default a hash of `params`.
         dtype: of the computation; default bfloat16 on an accelerator, float32 on a CPU.
         mesh: chunks are split over its data and fsdp axes.
+
+        `threads` (1) resize frames; more where a single video is waited for.
         """
         family = family_of(cfg)
         dtype = dtype or compute_dtype()
@@ -107,14 +109,14 @@ class DualEncoder:
         self.chunk = -(-chunk // self._ways) * self._ways
         weights = fingerprint or store.tree_sha256(jax.device_get(params))
         self.fingerprint = f"{self.name} {cfg.image.size}px squash-bilinear {weights}"
-        self._tokenizer = tokenizer
+        self._tokenizer, self.threads = tokenizer, 1
         self._place = (lambda x: x) if mesh is None else (lambda x: jax.device_put(x, sharding.batch(mesh)))
         self._images = jax.jit(lambda p, x: clip.unit(family.bind(cfg, p, dtype=dtype).embed_images(x)))
         self._texts = jax.jit(lambda p, x: clip.unit(family.bind(cfg, p, dtype=dtype).embed_texts(x)))
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [T, D] of uint8 frames [T, H, W, 3] of any size."""
-        return self._embed(self._images, squash(frames, self.cfg.image.size))
+        return self._embed(self._images, squash(frames, self.cfg.image.size, self.threads))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [N, D]; a text longer than the model reads is cut as published."""
@@ -134,7 +136,7 @@ class DualEncoder:
 def tower_sha256(params: dict) -> str:
     """Hash of what makes tower features: the vision tower's parameters without the merger."""
     tower = {name: part for name, part in params["vision"].items() if name != "merger"}
-    return store.tree_sha256(jax.device_get(tower))
+    return store.tree_sha256(sharding.fetch(tower))
 
 
 def patch_encoder(cfg, dtype=jnp.float32) -> Callable:

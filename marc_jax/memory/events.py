@@ -24,6 +24,7 @@ where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 from typing import NamedTuple
 
@@ -160,7 +161,10 @@ class Segmenter:
 
     def push(self, frame: np.ndarray) -> list[Border]:
         """Takes the next frame, uint8 RGB [H, W, 3]; returns the borders it confirms."""
-        seen = describe(frame)
+        return self.take(describe(frame))
+
+    def take(self, seen: Descriptor) -> list[Border]:
+        """`push` of the frame that was described."""
         step = difference(self.frames[-1], seen) if self.frames else 0.0
         if step > DUPLICATE:
             self.recent.append(step)
@@ -299,10 +303,13 @@ def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np
     return share, float(np.max(unexplained / (np.sum(way**2, axis=1)[best].sum(axis=1) + 1e-6)))
 
 
-def replay(frames: np.ndarray, fps: float, options: Options | None = None) -> list[Border]:
-    """What `Segmenter` says of a whole clip uint8 RGB [T, H, W, 3]."""
+def replay(frames: np.ndarray, fps: float, options: Options | None = None, threads: int = 1) -> list[Border]:
+    """What `Segmenter` says of a whole clip uint8 RGB [T, H, W, 3]; `threads` describe the frames."""
     segmenter = Segmenter(fps, options)
-    return [border for frame in frames for border in segmenter.push(frame)]
+    if threads < 2:
+        return [border for frame in frames for border in segmenter.push(frame)]
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return [border for seen in pool.map(describe, frames) for border in segmenter.take(seen)]
 
 
 def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> list[int]:
@@ -310,7 +317,9 @@ def borders(frames: np.ndarray, fps: float, options: Options | None = None) -> l
     return [border.frame for border in replay(frames, fps, options)]
 
 
-def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> list[tuple[int, int]]:
+def segment(
+    frames: np.ndarray, fps: float, options: Options | None = None, threads: int = 1
+) -> list[tuple[int, int]]:
     """Event spans [start, end) in temporal patches, in time order, each at least one patch.
 
     Patches of a transition lie between two events and belong to neither, and so does a patch with a border inside.
@@ -320,11 +329,12 @@ def segment(frames: np.ndarray, fps: float, options: Options | None = None) -> l
     Args:
       frames: uint8 RGB [T, H, W, 3], as sampled (not necessarily the file's own rate).
       fps: frames per second of `frames`.
+      threads: that describe the frames; more than one where a single clip is waited for.
     """
     options = options or Options()
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames must be uint8 [T, H, W, 3] with T >= 1, got {frames.dtype} {frames.shape}")
-    return spans(replay(frames, fps, options), len(frames), options)
+    return spans(replay(frames, fps, options, threads), len(frames), options)
 
 
 def spans(found: list[Border], num_frames: int, options: Options) -> list[tuple[int, int]]:

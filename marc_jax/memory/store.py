@@ -196,9 +196,9 @@ class MemoryReader:
         fingerprint: None reads any memory (to inspect it); entries are then not known to fit any model.
         keep_bytes: entries read last that stay in the machine's memory: a container reads about 0.4 GB/s.
         """
-        self.path, self.fingerprint = pathlib.Path(path), fingerprint
-        self._shards, self.shards = {}, 0  # {name: the videos of its index}
-        self._open = functools.lru_cache(OPEN_SHARDS)(lambda name: _open(self.path / name))
+        folder, self.fingerprint = pathlib.Path(path), fingerprint
+        self.path, self._shards, self.shards = folder, {}, 0  # {name: the videos of its index}
+        self._open = functools.lru_cache(OPEN_SHARDS)(lambda name: _open(folder / name))  # without self: no cycle
         self._where: dict[str, tuple[str, int, str]] = {}
         self._kept, self._keep_bytes, self._lock = collections.OrderedDict(), keep_bytes, threading.Lock()
         self.refresh()

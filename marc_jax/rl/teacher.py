@@ -12,17 +12,21 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
+
+from marc_jax import sharding
 
 
 def weights_hash(params: Mapping) -> str:
     """SHA-256 (16 hex digits) over names, shapes, dtypes and bytes of a nested or flat dict of arrays.
 
-    Brings one array at a time to the host. Nesting and order do not matter.
+    Brings one array at a time to the host; a collective where they are split over processes. Nesting and order do not
+    matter.
     """
     digest = hashlib.sha256()
     for path, value in sorted(_flat(params)):
-        value = np.asarray(value)
+        value = np.asarray(sharding.fetch(value))
         digest.update(f"{path} {value.shape} {value.dtype.name};".encode())
         digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
     return digest.hexdigest()[:16]
@@ -93,7 +97,8 @@ class TeacherCache:
             raise ValueError("the teacher's accuracies must lie in [0, 1]")
         rows = {str(s): [round(float(a), 6) for a in row] for s, row in zip(samples, accuracy_bg, strict=True)}
         key = {"weights": self.weights, "settings": self.settings}
-        self._append([{"sample": sample, "accuracy": row, **key} for sample, row in rows.items()])
+        if jax.process_index() == 0:  # of several processes all have the same rows
+            self._append([{"sample": sample, "accuracy": row, **key} for sample, row in rows.items()])
         self._accuracies.update(rows)
 
     def _append(self, rows: list[dict]) -> None:

@@ -54,7 +54,7 @@ def test_values_are_stacked():
     assert batch["value"]["text"] == [f"t{r}" for r in batch["row"]] and batch["number"] == 0
 
 
-@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 16), (1, 1), (2, 3)])
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 1), (0, 16), (1, 1), (2, 3), (4, 1)])
 def test_resume_is_exact_at_any_worker_count(workers, prefetch):
     options = dict(batch_size=4, epochs=3, seed=5, max_bad_fraction=0.5)
     records = rows(10, bad=(3,))
@@ -66,15 +66,24 @@ def test_resume_is_exact_at_any_worker_count(workers, prefetch):
         assert (a["value"]["x"] == b["value"]["x"]).all() and a["value"]["text"] == b["value"]["text"]
 
 
-def test_hosts_get_slices_of_the_global_batch():
-    whole = numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3))
-    parts = [
-        numbers(loader.iterate(rows(14), load, batch_size=6, epochs=3, process_index=i, process_count=3))
-        for i in range(3)
-    ]
-    assert whole == [sum((p[k] for p in parts), []) for k in range(len(whole))]
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+def test_hosts_get_slices_of_the_global_batch(hosts):
+    options = dict(batch_size=12, epochs=4)
+    whole = numbers(loader.iterate(rows(14), load, **options))
+    for start in (0, 2):  # also those that come after a run on another number of hosts
+        parts = [
+            numbers(loader.iterate(rows(14), load, start=start, process_index=i, process_count=hosts, **options))
+            for i in range(hosts)
+        ]
+        assert whole[start:] == [sum((p[k] for p in parts), []) for k in range(len(whole) - start)]
     with pytest.raises(ValueError, match="does not divide"):
         loader.dataset(rows(14), load, batch_size=6, process_count=4)
+
+
+def test_a_host_resumes_with_workers_where_it_had_none():
+    host = dict(batch_size=4, epochs=3, process_index=1, process_count=2)
+    whole = numbers(loader.iterate(rows(10), load, **host))
+    assert numbers(loader.iterate(rows(10), load, start=2, workers=2, **host)) == whole[2:]
 
 
 def test_bad_rows_keep_their_place_and_are_reported_once(tmp_path):

@@ -145,3 +145,11 @@ def test_an_odd_frame_is_doubled_and_bad_shapes_are_named():
     for bad in (frames[:, :14], frames[..., :1], frames[:0], frames.astype(np.float32)):
         with pytest.raises(ValueError):
             patches.frames_to_pixel_patches(bad)
+
+
+def test_threads_change_no_pixel():
+    frames = np.random.default_rng(0).integers(0, 256, (5, 40, 60, 3), np.uint8)
+    for like in ("torchvision", "pillow"):
+        one, many = (patches.resize_frames(frames, 28, 56, like, threads=n) for n in (1, 3))
+        assert (one == many).all()
+    assert (patches.squash(frames, 32, threads=3) == patches.squash(frames, 32)).all()

@@ -7,6 +7,8 @@ import av
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines import decoders, video
 from data_pipelines.video import Limits, VideoError, probe, read_frames, read_image, sample_indices
@@ -391,3 +393,41 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
         video.read_folder(tmp_path / "empty", rate=3.0)
     with pytest.raises(video.VideoError, match="no frame between"):
         video.read_folder(tmp_path, rate=3.0, start=20.0, end=30.0)
+
+
+# ---------------------------------------------------------------- in stretches
+
+
+@given(st.sets(st.integers(0, 300), min_size=1), st.sets(st.integers(0, 300)), st.integers(1, 20))
+def test_stretches_hold_every_frame_once_and_begin_at_different_key_frames(wanted, starts, parts):
+    wanted, starts = np.array(sorted(wanted)), np.array(sorted(starts | {0}))
+    shares = video.stretches(starts.tolist(), wanted, parts)
+    assert len(shares) <= parts and np.concatenate([wanted[s] for s in shares]).tolist() == wanted.tolist()
+    entries = [set((np.searchsorted(starts, wanted[s], side="right") - 1).tolist()) for s in shares]
+    assert sum(map(len, entries)) == len(set.union(*entries))  # no key frame is decoded from twice
+
+
+def test_stretches_are_about_equal():
+    shares = video.stretches(list(range(0, 768, 12)), np.rint(np.linspace(0, 767, 64)).astype(int), 16)
+    assert len(shares) == 16 and {s.stop - s.start for s in shares} <= {2, 3, 4, 5, 6}
+    assert video.stretches([0], np.arange(40), 8) == [slice(0, 40)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{"gop": 12}, {"gop": 500}, {"gop": 12, "times": np.cumsum([33, 47] * 50)}])
+def test_frames_are_the_same_in_any_number_of_parts(tmp_path, backend, options):
+    path = encode(tmp_path / "a.mkv", 100, **options)
+    for how in ({"num_frames": 17}, {"fps": None}, {"num_frames": 150}, {"fps": 4.0, "start": 1.0, "resize": (28, 56)}):
+        one, many = (read_frames(path, backend=backend, parts=parts, **how) for parts in (1, 4))
+        assert (one.frames == many.frames).all() and (one.index == many.index).all()
+
+
+@pytest.mark.parametrize("name", ["charades.mp4", "unordered.mov", "kryp-2.ts", "corrupted.mp4", "h265_video.mp4"])
+def test_real_files_are_the_same_in_parts(test_data, name):
+    def frames(parts):
+        try:
+            return read_frames(test_data / "videos" / name, num_frames=8, resize=(56, 56), parts=parts).frames.tolist()
+        except VideoError as error:
+            return str(error)
+
+    assert frames(3) == frames(1)

@@ -39,6 +39,7 @@ def config(place, repo):
         "data.max_frames": 8, "data.buckets": (2, 4), "data.frame_tokens": 8, "data.fps": 1.0, "data.workers": 0,
         "data.question_tokens": 512, "max_new_tokens": 4, "eval.batch": 8, "model.dtype": "float32",
         "model.frozen_dtype": "float32", "data.memory": str(place / "memory"),
+        "data.frames": str(place / "frames"),
     }  # fmt: skip
     told = [f"--config.{key}={value}" for key, value in overrides.items()]
     return settings.experiment(f"{repo}/experiments/eval_benchmark.py:videomme", told).copy_and_resolve_references()
@@ -56,6 +57,7 @@ def test_an_evaluation_resumes_where_it_was_killed(config, place, tmp_path):
     config.data.skip_bad = True
     arms, model = ["full", "blind"], str(place / "model")
     results = harness.evaluate(config, model, tmp_path / "a", arms)
+    assert len(list((place / "frames").rglob("*.zip"))) == 2  # of two videos
     own = {arm["key"]: arm for arm in results["arms"] if "paper" not in arm["key"]}
     assert set(own) == {"full", "blind"} and own["full"]["n"] == 4
     assert own["full"]["visual_tokens"] > own["blind"]["visual_tokens"] == 0

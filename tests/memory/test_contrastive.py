@@ -1,7 +1,9 @@
 """Fine-tuning dual encoders on pairs: tiny random towers, real files, any number of devices, and what comes out."""
 
+import contextlib
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import cv2
@@ -12,7 +14,7 @@ import pytest
 from test_archive import write_run
 from tokenizers import Tokenizer, models
 
-from data_pipelines import clips, sources
+from data_pipelines import clips, sandbox, sources
 from marc_jax import checkpoint, contrastive, settings, sharding
 from marc_jax.archive import Archive
 from marc_jax.clip_tokenizer import OTHER_SPECIAL
@@ -216,6 +218,26 @@ def test_a_file_that_cannot_be_read_is_masked_and_named(place, repo, tmp_path):
     assert not batch.mask[place_in].any() and batch.mask.any(1).sum() == 3
     assert json.loads((tmp_path / "bad.jsonl").read_text())["path"].endswith("wrong.mp4")
     assert "wrong.mp4" in [about["video"] for about in batches.samples(step).values()]
+
+
+def test_a_decoder_that_dies_or_hangs_costs_only_its_video(place, repo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.Pool.__init__.__kwdefaults__, "decoder", "fake_decoders:read_or_fail")
+    monkeypatch.syspath_prepend(repo / "tests" / "data_pipelines")
+    bad = {"segfault.mp4": "its decoder died (signal SIGSEGV)", "hang.mp4": "decoding took longer than 5 s"}
+    monkeypatch.setitem(contrastive.loader.iterate.__kwdefaults__, "max_bad_fraction", 1.0)
+    rows = [{"path": name, "text": name} for name in ("0.mp4", *bad)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    for name in ("0.mp4", *bad):
+        shutil.copyfile(place / "videos" / "0.mp4", tmp_path / name)
+    told = f"--config.towers.pairs={tmp_path / 'pairs.json'}"
+    stage = made(place, repo, told, "--config.towers.videos=3", "--config.towers.clips=1").towers
+    batches = contrastive.Batches(stage, lambda texts: np.ones((len(texts), 4), np.int32), 28, 0, mesh_of(1),
+                                  tmp_path / "bad.jsonl", seconds=5.0)  # fmt: skip
+    with contextlib.closing(batches):
+        batch = batches.draw(0)
+    assert sorted(batch.mask[:, 0].tolist()) == [False, False, True] and batch.frames.any()
+    told = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {pathlib.Path(line["path"]).name: line["reason"] for line in told} == bad
 
 
 @pytest.mark.parametrize("row, reason", [

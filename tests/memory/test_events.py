@@ -77,6 +77,11 @@ def test_online_and_replay_agree_and_nothing_is_taken_back():
     assert told == sorted(set(told))
 
 
+def test_threads_change_no_border():
+    frames, _ = drawn_video(3)
+    assert events.replay(frames, 4.0, threads=3) == events.replay(frames, 4.0)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_spans_cover_the_clip_and_respect_lengths(seed):
     frames, _ = drawn_video(seed)

@@ -244,6 +244,17 @@ def test_other_divergences_run(data, first, kind, options):
     assert float(metrics["loss"][0]) > 0 and np.isfinite(float(metrics["grad_norm"]))
 
 
+def test_off_policy_the_teachers_text_is_learned_by_maximum_likelihood(data, first):
+    """What was sampled from these very parameters has the log-probabilities that its sampler gave."""
+    run, drawn = distill("text"), data["drawn"]
+    now, metrics = run(first, distill_batch(data), data["params"])
+    np.testing.assert_allclose(loss.mean(metrics["loss"]), -drawn.logp_bgr[drawn.mask_bgr].mean(), rtol=1e-4)
+    assert "kl" not in metrics and "sampling/logp_diff" not in metrics
+    for _ in range(5):
+        now, after = run(now, distill_batch(data), data["params"])
+    assert loss.mean(after["loss"]) < loss.mean(metrics["loss"])
+
+
 @pytest.mark.parametrize("bad", [{"kind": "x"}, {"mix": 1.0}])
 def test_impossible_distillation_settings_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -16,17 +16,14 @@ import statistics
 import tempfile
 import time
 
-import cv2
 import jax
-import numpy as np
 
-from data_pipelines.synthetic.build import write_video
 from marc_jax.archive import Archive
 from marc_jax.models import qwen25_vl
 from tools.bench import published
+from tools.bench.scenes import write_scenes
 
 QUESTIONS = ("how many in blue stripes ?", "colours in blue stripes and grey checks ?", "how many in red checks ?")
-SECONDS, FPS, SHOT = 32, 24, 4  # of the made-up video: 64 frames at 2 per second, a new scene every 4 s
 
 
 def made_up(folder: pathlib.Path, size: str) -> dict[str, str]:
@@ -34,12 +31,7 @@ def made_up(folder: pathlib.Path, size: str) -> dict[str, str]:
     cfg = qwen25_vl.tiny() if size == "tiny" else qwen25_vl.qwen25_vl(size)
     published.write_model(folder / "model", cfg)
     published.write_encoder(folder / "encoder")
-    rng, frames = np.random.default_rng(0), []
-    for _ in range(SECONDS // SHOT):  # each of a colour of its own, panned over
-        scene = (rng.integers(0, 256, 3) * 3 + rng.integers(0, 256, (9, 18, 3))) // 4
-        scene = cv2.resize(scene.astype(np.uint8), (1334, 480), interpolation=cv2.INTER_CUBIC)
-        frames += [scene[:, 5 * t : 5 * t + 854] for t in range(SHOT * FPS)]
-    write_video(folder / "video.mp4", np.stack(frames), FPS)
+    write_scenes(folder / "video.mp4")
     return {"checkpoint": str(folder / "model"), "encoder": str(folder / "encoder"), "video": str(folder / "video.mp4")}
 
 

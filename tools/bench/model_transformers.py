@@ -52,10 +52,10 @@ def inputs_of(cfg, case, device):
     }
 
 
-def timed(run, repeats: int, device) -> float:
-    """Median milliseconds after a warm-up."""
+def timed(run, repeats: int, device, warmup: int = 2) -> float:
+    """Median milliseconds after so many calls to warm up."""
     wait = lambda _: torch.cuda.synchronize() if device == "cuda" else None  # noqa: E731
-    return timing.median_ms(run, repeats, warmup=2, wait=wait)
+    return timing.median_ms(run, repeats, warmup=warmup, wait=wait)
 
 
 @torch.inference_mode()

@@ -120,11 +120,11 @@ def _half(x):
     return x.astype(jnp.bfloat16)
 
 
-def build(cfg, case: Case, tx, attention: str, config: loss.LossConfig | None = None):
+def build(cfg, case: Case, tx, attention: str, config: loss.LossConfig | None = None, **jit):
     """The jitted update, by default without a reference; the new state takes the old one's memory."""
     config = config or loss.LossConfig(kl_coef=0.0)
     how = dict(chunk=case.chunk, dtype=jnp.bfloat16, attention=attention, remat=case.remat)
-    return jax.jit(step.make_grpo_step(cfg, given, tx, sampling(cfg, case.new), config, **how), donate_argnums=0)
+    return jax.jit(step.make_grpo_step(cfg, given, tx, sampling(cfg, case.new), config, **how), donate_argnums=0, **jit)
 
 
 def cost(cfg, case: Case) -> tuple[float, float, float]:

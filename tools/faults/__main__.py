@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import logging  # noqa: E402
 
 from tools import fuzz_decode  # noqa: E402
-from tools.faults import damage, disks, drill, kills, numbers, peers, soak  # noqa: E402
+from tools.faults import damage, disks, drill, kills, numbers, peers, soak, stages  # noqa: E402
 
 PAGE = drill.REPO / "docs" / "reliability.md"
 BEGIN, END = "<!-- table of tools.faults -->\n", "<!-- end of the table -->\n"
@@ -39,6 +39,8 @@ DRILLS = {
     "meshes": (numbers.resharded, 9),
     "two": (peers.equal, 3),
     "dead": (peers.dead, 9),
+    "four": (peers.four, 3),
+    "stages": (stages.disturbed, 24),
     "two-sigterm": (peers.one_signalled, 6),
 }
 

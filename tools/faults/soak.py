@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import sys
 import time
 
 import jax
@@ -19,8 +20,10 @@ SMALL = (
     "vision.depth=1", "vision.hidden_size=16", "vision.num_heads=2", "vision.intermediate_size=16",
     "text.hidden_size=16", "text.num_layers=1", "text.num_heads=2", "text.num_kv_heads=1", "text.intermediate_size=16",
 )  # fmt: skip
+SMALL_MODEL = [f"--config.model.{change}" for change in SMALL]
 STEPS = 20  # of training in a round
 WARM_UP = 3  # rounds
+NAMES = ("MB", "open files", "threads", "processes", "compilations")
 POOLS = 4  # threads that pools of libraries may still add: they fill as they are needed, a leak is one a round
 
 
@@ -33,15 +36,19 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: name == COMPILED and compiled.append(1))
     turn = _prepare(folder)
-    seen, began = [], time.monotonic()
+    seen, began, told = [], time.monotonic(), 0.0
     while len(seen) < WARM_UP + rounds or time.monotonic() - began < 60 * minutes:
         turn(len(seen))
         files, threads = (len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task"))
         seen.append((_megabytes(), files, threads, _children(), len(compiled)))
+        passed = (time.monotonic() - began) / 60
+        if passed >= told + 1:  # a soak that dies should leave behind what it has seen
+            told = passed
+            values = ", ".join(f"{value:g} {name}" for value, name in zip(seen[-1], NAMES, strict=True))
+            print(f"soak: {passed:.0f} min, {len(seen)} rounds: {values}", file=sys.stderr, flush=True)
     first, last = seen[WARM_UP - 1], seen[-1]
-    names = ("", "open files", "threads", "processes", "compilations")
     outcome.attempts = len(seen) - WARM_UP
-    grown = [f"{names[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3, 4) if last[i] > first[i] + POOLS * (i == 2)]
+    grown = [f"{NAMES[i]}: {first[i]} -> {last[i]}" for i in (1, 2, 3, 4) if last[i] > first[i] + POOLS * (i == 2)]
     late = np.array([row[0] for row in seen[len(seen) // 4 :]])
     slope = float(np.polyfit(np.arange(len(late)) * STEPS / 1000, late, 1)[0]) if len(late) > 2 else 0.0
     enough = outcome.attempts >= 50  # fewer rounds say nothing about a slope
@@ -51,13 +58,16 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     outcome.problems = grown
     minutes = (time.monotonic() - began) / 60
     outcome.note = f"{outcome.attempts * STEPS} steps in {minutes:.1f} min, {last[4] - first[4]} compilations, "
-    outcome.note += f"{last[0]:.0f} MB" + (f", {slope:+.2f} MB per 1,000 steps" if enough else "")
+    outcome.note += f"{last[0]:.0f} MB"
+    if enough:
+        hourly = slope * len(seen) * STEPS / 1000 * 60 / minutes
+        outcome.note += f", {slope:+.2f} MB per 1,000 steps, {hourly:+.1f} MB an hour"
     return outcome
 
 
 def _prepare(folder: pathlib.Path):
     """A round, as a function of its number."""
-    changes = [f"--config.model.{change}" for change in SMALL] + [
+    changes = SMALL_MODEL + [
         "--config.data.train_videos=8", "--config.data.test_videos=6", "--config.data.workers=0",
         "--config.eval.batch=8", "--config.teacher.init=", "--config.teacher.videos=8", "--config.teacher.questions=1",
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from data_pipelines import rows
 from data_pipelines.benchmarks import published
 from data_pipelines.benchmarks.read import BadRows, read
+from marc_jax.evaluation import benchmarks, submissions
 
 VSI = {
     "id": 0, "dataset": "arkitscenes", "scene_name": "41069025", "question_type": "object_counting",
@@ -141,6 +142,14 @@ def test_mmvu_videommmu_nextqa(tmp_path):
         ("videomme", VIDEO_R1 | {"solution": "<answer>C</answer>"}, "solution", "none of the 2 options"),
         ("videomme", VIDEO_R1 | {"path": "/etc/passwd"}, "path", "not relative"),
         ("videomme", VIDEO_R1 | {"options": []}, "options", "fewer than 2"),
+        ("videomme", VIDEO_R1 | {"options": ["A. a dog", " "]}, "options", "without text"),
+        ("videomme", VIDEO_R1 | {"solution": "A"}, "solution", "not <answer>"),
+        ("videomme", VIDEO_R1 | {"solution": "<answer>a dog</answer>"}, "solution", "none of the 2 options"),
+        ("videomme", VIDEO_R1 | {"duration": 3}, "duration", "not a text"),
+        ("videomme", MME | {"options": "A. One."}, "options", "not a list of texts"),
+        ("vsibench", VSI | {"ground_truth": "inf"}, "ground_truth", "not a number"),
+        ("mmvu", MMVU | {"choices": {"B": "a", "C": "b"}}, "choices", "not an object of A, B"),
+        ("mmvu", MMVU | {"metadata": ["Art"]}, "metadata", "not an object"),
     ],
 )
 def test_a_bad_row_is_named_and_left_out_on_request(tmp_path, benchmark, row, field, reason):
@@ -153,6 +162,46 @@ def test_a_bad_row_is_named_and_left_out_on_request(tmp_path, benchmark, row, fi
     assert (error.row, error.line, error.field) == (1, 2, field) and reason in error.reason
     kept = read(benchmark, file, skip_bad=True)
     assert (len(kept.records), len(kept.errors), kept.total) == (1, 1, 2)
+
+
+MOMENT = {
+    "qid": 1, "query": "a dog", "duration": 10, "vid": "v", "relevant_windows": [[0, 4]], "relevant_clip_ids": [0, 1],
+    "saliency_scores": [[4, 3, 2], [1, 4, 3]],
+}  # fmt: skip
+FORMS = [("vsibench", VSI), ("vsibench", VSI_CHOICE), ("videomme", MME), ("mmvu", MMVU), ("qvhighlights", MOMENT)]
+FORMS += [
+    (name, VIDEO_R1) for name in ("vsibench", "videomme", "mmvu", "mvbench", "videommmu", "tempcompass", "nextqa")
+]
+STRANGE = (None, "", 7, -1.5, float("nan"), True, [], {}, [None], [[1]], [["a", "b"]], {"A": 1}, "\0", "9" * 5000)
+
+
+@pytest.mark.parametrize("benchmark,row", FORMS, ids=[f"{name}-{len(row)}" for name, row in FORMS])
+def test_no_value_of_a_strange_kind_is_more_than_a_bad_row(tmp_path, benchmark, row):
+    for field in row:
+        for value in STRANGE:
+            questions = read(benchmark, lines(tmp_path / "q.jsonl", [row | {field: value}, row]), skip_bad=True)
+            assert len(questions.records) + len(questions.errors) == 2, (field, value)
+            said = [{"problem_id": record.problem_id, "completion": "A"} for record in questions.records]
+            for rule in benchmarks.RULES if benchmark != "qvhighlights" else ():
+                benchmarks.judged(benchmark, questions.records, said, rule)
+                submissions.files(benchmark, questions.records, said)
+
+
+@pytest.mark.parametrize("benchmark", [name for name in benchmarks.BENCHMARKS if name != "qvhighlights"])
+def test_every_rule_scores_every_benchmark_in_video_r1s_schema(tmp_path, benchmark):
+    yes_no = VIDEO_R1 | {"problem_id": 4, "options": ["A. no", "B. yes"], "solution": "<answer>B</answer>"}
+    records = read(benchmark, indented(tmp_path / "eval.json", [VIDEO_R1, yes_no])).records
+    for letters, want in (("AB", [1, 1]), ("BA", [0, 0])):
+        texts = [f"<answer>{letter}</answer>" for letter in letters]
+        said = [{"problem_id": r.problem_id, "completion": x} for r, x in zip(records, texts, strict=True)]
+        for rule in benchmarks.RULES:
+            assert [row["score"] for row in benchmarks.judged(benchmark, records, said, rule)] == want, rule
+        assert submissions.files(benchmark, records, said)
+
+
+def test_highlights_are_no_questions_of_video_r1s_schema(tmp_path):
+    with pytest.raises(BadRows, match="field 'vid': is missing"):
+        read("qvhighlights", lines(tmp_path / "q.jsonl", [VIDEO_R1]))
 
 
 def test_ids_met_twice_absent_videos_and_links_out(tmp_path):

@@ -1,0 +1,76 @@
+"""The rows of tools.bench.efficiency with transformers (PyTorch): a JSON line per row, all so far.
+
+    python -m tools.bench.efficiency_transformers --size=3b --video=FILE --rows=128x1,768x1
+
+The same frames, read and cut into patches by our reader: what differs is the model. sdpa attention, eager, random
+bfloat16 weights. Per row, in milliseconds: "vision" (the tower alone), "first" (`generate` of one token, upload of the
+pixels included), "per_token"; "peak_bytes" of the allocator. The cheapest rows come first.
+"""
+
+import argparse
+import json
+import sys
+
+import jax
+import torch
+
+from data_pipelines.patches import PATCH_MEAN, PATCH_STD
+from marc_jax.models import qwen25_vl
+from tools.bench import model as shapes
+from tools.bench.efficiency_stages import Host, Row
+from tools.bench.model_transformers import NEW, inputs_of, load, timed
+
+LONG = 1000.0  # milliseconds of a first token from which one measurement after a warm-up has to do
+
+
+@torch.inference_mode()
+def measure(cfg, net, video: str, row: Row, device: str) -> dict:
+    host = Host(video, Row(row.cap, 1, row.frames))
+    (pixels,), grid = host.patchify(host.read())
+    case = shapes.Case(row.key, "", "first", 0, s=len(pixels), grid=grid, batch=row.batch)
+    inputs = inputs_of(cfg, case, device)
+    pixels = torch.from_numpy(pixels.reshape(-1, pixels.shape[-1])).repeat(row.batch, 1)
+    mean, std = (torch.from_numpy(x).to(device) for x in (PATCH_MEAN, PATCH_STD))
+
+    def seen():
+        return ((pixels.to(device).float() / 255 - mean) / std).to(torch.bfloat16)
+
+    def generate(count):
+        given = inputs | {"pixel_values_videos": seen()}
+        return net.generate(**given, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first = timed(lambda: generate(1), 1, device, warmup=1)
+    repeats = 1 if first > LONG else 3
+    first = timed(lambda: generate(1), repeats, device, warmup=0)
+    many = timed(lambda: generate(1 + NEW), repeats, device, warmup=0 if first > LONG else 1)
+    vision = timed(lambda: net.model.visual(seen(), grid_thw=inputs["video_grid_thw"]), repeats, device, warmup=0)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    return {"vision": vision, "first": first, "per_token": (many - first) / NEW, "peak_bytes": peak}
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="3b")
+    parser.add_argument("--video", required=True)
+    parser.add_argument("--rows", required=True)
+    parser.add_argument("--frames", type=int, default=64)
+    args = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # lays out prompts, and must not take the GPU's memory
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = qwen25_vl.tiny() if args.size == "tiny" else qwen25_vl.qwen25_vl(args.size)
+    rows = [Row(*map(int, row.split("x")), args.frames) for row in args.rows.split(",")]
+    net, out = load(cfg, device), {}
+    for row in sorted(rows, key=lambda row: row.cap * row.batch):
+        try:
+            out[row.key] = measure(cfg, net, args.video, row, device)
+            print(f"transformers: {row.key}: {out[row.key]}", file=sys.stderr, flush=True)
+            print(json.dumps(out), flush=True)
+        except Exception as e:  # a row that fails leaves its place empty, the others are measured
+            print(f"transformers: {row.key}: {type(e).__name__}: {str(e)[:200]}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
