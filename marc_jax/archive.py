@@ -23,7 +23,7 @@ from data_pipelines import loader, patches, sandbox
 from data_pipelines.containers import DEFAULT_LIMITS
 from data_pipelines.folders import Found, find_videos
 from data_pipelines.video import Clip, VideoError, read_frames
-from marc_jax import files, pretrained, records, run, settings, stage_settings
+from marc_jax import files, media, pretrained, run, settings, stage_settings
 from marc_jax.config import ConfigError
 from marc_jax.evaluation import single, timeline
 from marc_jax.memory import store
@@ -129,7 +129,7 @@ class Archive:
     def indexer(self) -> Indexer:
         # On files the tower is frozen: that of the stage which answers is the one it started from.
         params = self.answerer.params if self.on_files else self.here.parameters(self.here.config.eval.teacher)
-        return records.open_indexer(self.here, params, self.encoder, self.pool, self.settings.shots, "--shots")
+        return media.open_indexer(self.here, params, self.encoder, self.pool, self.settings.shots, "--shots")
 
     @functools.cached_property
     def answerer(self) -> single.Answerer:

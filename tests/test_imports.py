@@ -62,6 +62,7 @@ ABOVE = {
     "marc_jax.run": ("data_pipelines", "marc_jax"),
     "marc_jax.plan": ("data_pipelines", "marc_jax"),
     "marc_jax.evaluation.compare": ("data_pipelines.benchmarks", "marc_jax.config", "marc_jax.evaluation"),
+    "marc_jax.media": ("data_pipelines", "marc_jax"),
     "marc_jax.records": ("data_pipelines", "marc_jax"),
     "marc_jax.synthetic": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
