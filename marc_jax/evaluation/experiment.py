@@ -1,6 +1,7 @@
 """From a finished run to its report: all arms answered, scored, compared, drawn."""
 
 import datetime
+import json
 import os
 import platform
 import resource
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from data_pipelines import video
-from marc_jax import records, settings
+from marc_jax import files, records, settings
 from marc_jax.baselines.kept import real_tokens
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
@@ -37,12 +38,10 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     sources = run.arm_sources(here, arms or list(config.eval.arms))
     test = memory_of(here, sources)
     timings["memory"] = time.monotonic() - begun
-    rows = {}
-    for arm, (params, visual) in sources.items():
-        rows[arm] = run.answer_all(here, params, config.eval.arms[arm].view, visual, test, f"eval {arm}")
-    timings["evaluation"] = time.monotonic() - begun - timings["memory"]
     folder = folder or here.workdir / "report"
-    predictions = {arm: str(run.write_predictions(folder / "predictions", arm, rows[arm])) for arm in rows}
+    rows = {arm: answer(here, test, arm, *source, folder) for arm, source in sources.items()}
+    timings["evaluation"] = time.monotonic() - begun - timings["memory"]
+    predictions = {arm: str(run.predictions_path(folder, arm)) for arm in rows}
     samples = draw_samples(here, test, sources, rows, folder)
     timings["pictures"] = time.monotonic() - begun - timings["memory"] - timings["evaluation"]
     print(f"everything took {time.monotonic() - started:.0f} s")
@@ -50,6 +49,31 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     written = report.write(folder, results)
     print(f"report: {written['html']}")
     return results
+
+
+def answer(here: Run, test, arm: str, params: dict, visual: str, folder: Path) -> list[dict]:
+    """The prediction rows of one arm, also written to `<folder>/predictions`."""
+    rows = run.answer_all(here, params, here.config.eval.arms[arm].view, visual, test, f"eval {arm}")
+    run.write_predictions(folder, arm, rows)
+    return rows
+
+
+def answer_missing(here: Run, arms: list[str], folder: Path) -> None:
+    """Predictions of those of these arms that have none in `folder`, and no report: processes can share the arms.
+
+    With the teacher's goes `about.json`, what is known of the questions and their events.
+    """
+    config = here.config
+    missing = [arm for arm in arms if not run.predictions_path(folder, arm).exists()]
+    if not missing:
+        return
+    sources = run.arm_sources(here, missing)
+    test = memory_of(here, run.arm_sources(here, [config.eval.teacher]) | sources)
+    for arm, source in sources.items():
+        answer(here, test, arm, *source, folder)
+        if arm == config.eval.teacher:
+            told = {**about(here, test), "hardware": hardware(), "seed": config.seed}
+            files.write_whole(folder / "about.json", json.dumps(told, indent=1) + "\n")
 
 
 def memory_of(here: Run, sources) -> run.TestSet | records.Records:
@@ -112,7 +136,7 @@ def claims(arms: list[dict], config) -> list[dict]:
             continue
         value = score[c.arm] - (score[c.minus] if c.minus else 0.0)
         met = (c.at_least < 0 or value >= c.at_least) and (c.at_most < 0 or value <= c.at_most)
-        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}"
+        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}" if c.at_most >= 0 else ""
         out.append({"text": c.text, "target": target, "measured": round(value, 1), "met": bool(met)})
     return out
 
@@ -170,7 +194,7 @@ def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, v
 
 def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View) -> dict:
     """`seen` of one question, embedded by the run's own retriever."""
-    index = run.take(test.videos, np.array([i])).index(test.sizes)
+    index = test.videos.take(np.array([i])).index(test.sizes)
     query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
     return seen(here, params, view, index, np.asarray(test.bank[visual]), test.sizes.event, query)
 
