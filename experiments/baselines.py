@@ -3,18 +3,19 @@
     python -m marc_jax.eval --config=experiments/baselines.py --checkpoint=runs/synthetic --out=runs/baselines
     python -m marc_jax.eval --config=experiments/baselines.py:quickstart --checkpoint=runs/quickstart
     python -m marc_jax.eval --config=experiments/baselines.py:synthetic,scenic ...    # with the [scenic] extra
+    python -m tools.sweep --config=experiments/regimes.py --also=experiments/baselines.py:regimes ...    # three seeds
 
 The arms are views of the same weights. A share is rounded to whole tokens of each video (5 % of 56 is 3), and what an
 arm really reads is counted from its prompt. Methods that keep whole temporal patches take as many as hold the budget,
 and the least telling tokens go (`memory.budget.telling_tokens`).
 
 Measured on 2026-11-22, as a check that the numbers are plausible: docs/baselines.md, the quick start's shipped teacher,
-200 questions, 2 CPU cores, 12 minutes beside other work. Not yet: the table of the synthetic run with three seeds.
+200 questions, 2 CPU cores, 12 minutes beside other work.
 """
 
 from ml_collections import ConfigDict
 
-from experiments import quickstart, synthetic
+from experiments import quickstart, regimes, synthetic
 
 SHARES = (0.25, 0.1, 0.05)
 # key, label, view. in_event = 99: the share alone says how far events are merged.
@@ -47,18 +48,56 @@ SCENIC = (
     ("token_learner", "scenic's TokenLearner, untrained", {"method": "token_learner"}),
 )
 
+# Views that have a size of their own: the trivial rival of one patch, and MARC's budgets by event.
+SIZED = (
+    ("pooled4", "4 uniform frames, each pooled to one token", {"select": "all", "method": "pooled"}),
+    ("mean4", "mean of all patches", {"select": "all", "method": "mean"}),
+    ("events_2", "MARC: one patch for each of two events", {"select": "retrieve", "method": "per_event", "k": 2}),
+    ("events_3", "MARC: one patch for each of three events", {"select": "retrieve", "method": "per_event", "k": 3}),
+    ("events_mass", "MARC, adaptive: one patch per event, as many as hold 80 % of the retriever's belief",
+     {"select": "retrieve", "method": "per_event", "k": 4, "rule": "mass"}),
+    ("events_gap", "MARC, adaptive: one patch per event, down to the largest gap in their scores",
+     {"select": "retrieve", "method": "per_event", "k": 4, "rule": "gap"}),
+)  # fmt: skip
+# Students of experiments/regimes.py: (stage, view of SIZED or of the stage, label).
+TRAINED = (
+    ("distill", "", "MARC, distilled: three events merged to one patch"),
+    ("distill_pooled", "", "distilled: 4 uniform frames, each pooled to one token"),
+    ("distill_events", "events_2", "MARC, distilled: one patch for each of two events"),
+    ("distill_events", "events_3", "MARC, distilled: one patch for each of three events"),
+    ("distill_events", "events_mass", "MARC, distilled, adaptive: as many events as hold 80 % of belief"),
+)
+
 
 def get_config(run="synthetic"):
-    """`run`: whose teacher, "synthetic" or "quickstart"; with ",scenic" behind it also the rows of the extra."""
+    """`run`: whose teacher, "synthetic", "quickstart" or "regimes"; with ",scenic" behind it also the extra's rows."""
     run, *extra = run.split(",")
-    c = {"synthetic": synthetic, "quickstart": quickstart}[run].get_config()
+    c = RUNS[run]()
     methods = METHODS + (SCENIC if extra == ["scenic"] else ())
     arms = ConfigDict({key: c.eval.arms[key] for key in ("teacher", "blind")})
-    for share in SHARES:
+    for share in SHARES[: 1 if run == "rehearsal" else None]:
         percent = round(100 * share)
         for key, label, view in methods:
             name = f"{key}_{percent}"
             c.views[name] = {"select": "all", "method": "keep", "share": share, **view}
             arms[name] = {"stage": "teacher", "view": name, "label": f"{label}, {percent} %"}
+    for name, label, view in SIZED:
+        c.views[name] = view
+        arms[name] = {"stage": "teacher", "view": name, "label": label}
+    for stage, view, label in TRAINED:
+        if stage in c.stages and run in ("regimes", "rehearsal"):
+            arms[f"{stage}_{view}" if view else stage] = {
+                "stage": stage, "view": view or c[stage].view, "label": label, "group": "student",
+            }  # fmt: skip
     c.eval = ConfigDict({"main": "marc_5", "batch": 100, "pictures": 0, "arms": arms})
+    if run == "regimes":
+        c.eval.update(batch=700, limit=1400)
     return c
+
+
+RUNS = {
+    "synthetic": synthetic.get_config,
+    "quickstart": quickstart.get_config,
+    "regimes": regimes.get_config,
+    "rehearsal": lambda: regimes.get_config("rehearsal"),
+}

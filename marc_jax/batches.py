@@ -19,6 +19,7 @@ from marc_jax.models.prompts import Visual as Placeholder
 from marc_jax.models.prompts import build_prompt, pad_prompts
 from marc_jax.rl.types import PromptBatch
 
+BLOCK = 128  # records that are drawn at a time
 STYLE = "glued"  # of `question_text`: what the synthetic set trains on and is asked in its evaluation
 
 
@@ -78,9 +79,12 @@ class Videos:
             self.start_be.astype(np.int32), self.len_be.astype(np.int32), self.mask_be, self.emb_bed,
         )  # fmt: skip
 
-    def repeat(self, g: int) -> "Videos":
-        """Each video g times, one after the other."""
-        return Videos(*(np.repeat(getattr(self, f.name), g, axis=0) for f in dataclasses.fields(self)))
+    def arrays(self) -> list[np.ndarray]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]
+
+    def take(self, rows_b) -> "Videos":
+        """These videos."""
+        return Videos(*(array[rows_b] for array in self.arrays()))
 
 
 class Prompter:
@@ -102,6 +106,8 @@ class Prompter:
         self.tokens_per_patch = grid_hw[0] * grid_hw[1]
         self._prompt = functools.lru_cache(maxsize=cache)(self._build)
         self._answer = functools.lru_cache(maxsize=cache)(self._encode_answer)
+        self._row = functools.lru_cache(maxsize=cache)(self._pad)
+        self._continued = functools.lru_cache(maxsize=cache)(self._continue)
         self._text = functools.lru_cache(maxsize=cache)(lambda text: np.array(tokenizer.encode(text), np.int32))
 
     def _build(self, text: str, kept: int, kind: str, hw: tuple[int, int]):
@@ -113,11 +119,40 @@ class Prompter:
 
     def prompt(self, text: str, kept: int, patches: int, shape: Shape | None = None):
         """The prompt of a question about a video of `patches`, of which `kept` are read: its text goes on after all."""
-        kind, hw, rate = shape or self.shape
-        base = self._prompt(text, kept, kind, hw)
-        late = max(int((patches - 1) * rate + 1e-4) + 1, *hw) - max(hw)
-        after = np.arange(len(base.tokens)) > np.flatnonzero(base.vis_index >= 0)[-1]
+        shape = shape or self.shape
+        base, late = self._prompt(text, kept, shape.kind, shape.hw), self._late(patches, shape)
+        after = np.arange(len(base.tokens)) >= _cut(base)
         return dataclasses.replace(base, pos=base.pos + late * after, next_pos=base.next_pos + late)
+
+    def _late(self, patches: int, shape: Shape) -> int:
+        """How much later than after one patch the text goes on."""
+        side = max(shape.hw)
+        return max(int((patches - 1) * shape.rate + 1e-4) + 1, side) - side
+
+    def _pad(self, text: str, kept: int, kind: str, hw: tuple[int, int], length: int, whole: bool):
+        """A prompt, or its beginning up to the last visual token, as a batch of one; and where its text goes on."""
+        prompt = self._prompt(text, kept, kind, hw)
+        cut = _cut(prompt)
+        if not whole:
+            start = int(np.asarray(prompt.pos)[0, cut])
+            prompt = dataclasses.replace(
+                prompt, tokens=prompt.tokens[:cut], pos=prompt.pos[:, :cut], vis_index=prompt.vis_index[:cut],
+                next_pos=start,
+            )  # fmt: skip
+        there = np.arange(length)
+        return pad_prompts([prompt], length), (there >= cut) & (there < len(prompt.tokens))
+
+    def _batch(self, texts, kept: int, patches_b, length: int, shapes, whole: bool) -> PromptBatch:
+        shapes = shapes or [self.shape] * len(texts)
+        rows = [self._row(text, kept, s.kind, s.hw, length, whole) for text, s in zip(texts, shapes, strict=True)]
+        late_b = np.array([self._late(int(t), s) for t, s in zip(patches_b, shapes, strict=True)], np.int32)
+        ones, after = [one for one, _ in rows], np.stack([after for _, after in rows])
+        return PromptBatch(
+            np.concatenate([one.tokens_bp for one in ones]), np.concatenate([one.mask_bp for one in ones]),
+            np.concatenate([one.pos_3bp for one in ones], axis=1) + late_b[:, None] * after,
+            np.concatenate([one.vis_index_bp for one in ones]),
+            np.concatenate([one.next_pos_b for one in ones]) + late_b,
+        )  # fmt: skip
 
     def words(self, text: str, shape: Shape | None = None) -> tuple[int, int]:
         """Tokens of a prompt before and after its visual ones."""
@@ -133,8 +168,7 @@ class Prompter:
 
     def prompts(self, texts, kept: int, patches_b, length: int, shapes=None) -> PromptBatch:
         """Whole prompts, right-padded to `length`."""
-        rows = zip(texts, patches_b, shapes or [None] * len(texts), strict=True)
-        return pad_prompts([self.prompt(text, kept, int(t), shape) for text, t, shape in rows], length)
+        return self._batch(texts, kept, patches_b, length, shapes, True)
 
     def whole(self, texts, kept: int, patches_b, sizes: Sizes, shapes=None) -> PromptBatch:
         """Whole prompts, padded to the longest that `sizes` allows: those before, the visual ones, the question's."""
@@ -152,29 +186,31 @@ class Prompter:
         Returns (prefix PromptBatch [B, P], tokens_bgr, mask_bgr, loss_bgr), R = sizes.asked + sizes.answer.
         """
         b, g, r = len(texts_bg), len(texts_bg[0]), sizes.asked + sizes.answer
-        tokens_bgr = np.zeros((b, g, r), np.int32)
-        mask_bgr, loss_bgr = np.zeros((b, g, r), bool), np.zeros((b, g, r), bool)
-        prefixes = []
-        rows = zip(texts_bg, answers_bg, patches_b, shapes or [None] * b, strict=True)
-        for i, (texts, answers, t, shape) in enumerate(rows):
-            for j, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-                prompt = self.prompt(text, kept, int(t), shape)
-                cut = int(np.flatnonzero(np.asarray(prompt.vis_index) >= 0)[-1]) + 1
-                rest, target = np.asarray(prompt.tokens[cut:]), self._answer(answer)
-                if len(rest) > sizes.asked or len(target) > sizes.answer:
-                    raise ValueError(
-                        f"question of {len(rest)} tokens (limit {sizes.asked}), answer of {len(target)} "
-                        f"(limit {sizes.answer}): {text!r}"
-                    )
-                n = len(rest) + len(target)
-                tokens_bgr[i, j, :n] = np.concatenate([rest, target])
-                mask_bgr[i, j, :n] = True
-                loss_bgr[i, j, len(rest) : n] = True
-            start = int(np.asarray(prompt.pos)[0, cut])
-            prefixes.append(dataclasses.replace(
-                prompt, tokens=prompt.tokens[:cut], pos=prompt.pos[:, :cut], vis_index=prompt.vis_index[:cut],
-                next_pos=start))  # fmt: skip
-        return pad_prompts(prefixes, self._before(kept, sizes)), tokens_bgr, mask_bgr, loss_bgr
+        kinds = shapes or [self.shape] * b
+        rows = [
+            self._continued(text, answer, shape.kind, shape.hw, sizes.asked, sizes.answer)
+            for texts, answers, shape in zip(texts_bg, answers_bg, kinds, strict=True)
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        tokens_bgr = np.stack([row for row, _, _ in rows]).reshape(b, g, r)
+        asked_bg, said_bg = (np.array([row[i] for row in rows]).reshape(b, g, 1) for i in (1, 2))
+        mask_bgr = np.arange(r) < said_bg
+        first = [texts[0] for texts in texts_bg]
+        prefix = self._batch(first, kept, patches_b, self._before(kept, sizes), shapes, False)
+        return prefix, tokens_bgr, mask_bgr, mask_bgr & (np.arange(r) >= asked_bg)
+
+    def _continue(self, text: str, answer: str, kind: str, hw: tuple[int, int], most: int, longest: int):
+        """(tokens [most + longest] of a prompt behind its last visual token and of its answer, where each ends)."""
+        prompt, target = self._prompt(text, 1, kind, hw), self._answer(answer)
+        rest = np.asarray(prompt.tokens[_cut(prompt) :])
+        if len(rest) > most or len(target) > longest:
+            raise ValueError(
+                f"question of {len(rest)} tokens (limit {most}), answer of {len(target)} (limit {longest}): {text!r}"
+            )
+        n = len(rest) + len(target)
+        tokens_r = np.zeros(most + longest, np.int32)
+        tokens_r[:n] = np.concatenate([rest, target])
+        return tokens_r, len(rest), n
 
     def queries(self, problems, length: int):
         """Question tokens for the retriever: int32 [B, length] and their mask."""
@@ -184,6 +220,11 @@ class Prompter:
             tokens_bl[i, : len(ids)] = ids
             mask_bl[i, : len(ids)] = True
         return tokens_bl, mask_bl
+
+
+def _cut(prompt) -> int:
+    """Where a prompt's text goes on behind its last visual token."""
+    return int(np.flatnonzero(prompt.vis_index >= 0)[-1]) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +251,22 @@ class Asked:
     shapes: tuple[Shape, ...] | None = None
     bank: np.ndarray | None = None
     query_bd: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: list["Asked"]) -> "Asked":
+        """Those of several draws, one after the other, of one shape and from one bank."""
+        spans = [np.concatenate(x) for x in zip(*(p.videos.arrays() for p in parts), strict=True)]
+        asked = [row for part in parts for row in part.questions_bg]
+        return dataclasses.replace(
+            parts[0], videos=Videos(*spans), questions_bg=asked, ids_b=np.concatenate([p.ids_b for p in parts])
+        )  # fmt: skip
+
+    def take(self, rows_b: np.ndarray) -> "Asked":
+        """These videos with their questions."""
+        asked = [self.questions_bg[i] for i in rows_b.tolist()]
+        return dataclasses.replace(
+            self, videos=self.videos.take(rows_b), questions_bg=asked, ids_b=self.ids_b[rows_b]
+        )  # fmt: skip
 
     def index(self) -> VideoIndex:
         index = self.videos.index(self.sizes)
@@ -263,7 +320,11 @@ class Recomposer:
     ):
         """`row_e`: where each event lies in the run's bank; `files`: {video: its first row}."""
         self.pool, self.row_e, self.sizes, self.seed, self.rows = pool, row_e, sizes, seed, files or {}
-        self.emb_ed = np.zeros((len(row_e), 1), np.float32)
+        self.embed(np.zeros((len(row_e), 1), np.float32))
+
+    def embed(self, emb_ed: np.ndarray) -> None:
+        """Takes the embeddings of the pool's events."""
+        self.emb_ed, self._pools = emb_ed, {}
 
     def draw(self, stage: str, step: int, videos: int, per_video: int, events: tuple[int, int], types) -> Asked:
         """The videos and questions of one step; the same for the same (seed, stage, step)."""
@@ -280,11 +341,26 @@ class Recomposer:
         spans = Videos(self.row_e[safe_be], start_be, len_be, mask_be, self.emb_ed[safe_be])
         types = [t for t in types if ask.events_needed(t) <= events[0]]
         asked = []
-        for row in ids_be:
+        for row in ids_be.tolist():
             scenes = [self.pool.events[i] for i in row if i >= 0]
-            chosen = rng.permutation(len(types))[np.arange(per_video) % len(types)]
+            chosen = rng.permutation(len(types))[np.arange(per_video) % len(types)].tolist()
             asked.append([ask.make_question(rng, scenes, types[c]) for c in chosen])
         return Asked(spans, asked, np.arange(videos) + step * videos, sizes)
+
+    def again(self, stage: str, step: int, records: int, videos: int, per_video: int, events, types) -> Asked:
+        """The same out of `records` videos with their questions, shuffled anew each time that all have been seen."""
+        key = records, per_video, tuple(events), tuple(types)
+        if key not in self._pools:
+            self._pools[key] = self._records(*key)
+        epoch, batch = divmod(step, records // videos)
+        rng = np.random.default_rng([self.seed, zlib.crc32(stage.encode()), 1, epoch])
+        return self._pools[key].take(rng.permutation(records)[batch * videos : (batch + 1) * videos])
+
+    def _records(self, records: int, per_video: int, events, types) -> Asked:
+        """Drawn in blocks, so that a smaller number of records is the beginning of a larger one."""
+        blocks = range(-(-records // BLOCK))
+        drawn = [self.draw("records", block, BLOCK, per_video, events, types) for block in blocks]
+        return Asked.joined(drawn).take(np.arange(records))
 
     def files(self, asked: Asked) -> list[list[str]]:
         """The training videos that each video's events come from."""

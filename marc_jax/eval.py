@@ -3,7 +3,8 @@
     python -m marc_jax.eval --config=experiments/quickstart.py --checkpoint=runs/quickstart
     python -m marc_jax.eval --config=experiments/quickstart.py --checkpoint=runs/quickstart/sft --out=/tmp/sft
 
-With a run's folder all arms of config.eval are answered, with a stage's folder those of that stage and the teacher's.
+With a run's folder all arms of config.eval are answered (or --arms), with a stage's folder those of that stage and the
+teacher's.
 
 On a published benchmark the checkpoint is a folder of weights or a stage's; the same command goes on where it stopped:
 
@@ -23,7 +24,8 @@ flags.DEFINE_string("config", None, "Config file of the run; its eval section sa
 flags.DEFINE_string("checkpoint", None, "Folder of a run, or of one of its stages.")
 flags.DEFINE_string("out", None, "Where the report goes; default <checkpoint>/eval.")
 flags.DEFINE_string("against", "", "On a benchmark: --out of another evaluation, compared question by question.")
-flags.DEFINE_list("arms", [], "On a benchmark: only these arms of config.eval.arms.")
+flags.DEFINE_list("arms", [], "Only these arms of config.eval.arms.")
+flags.DEFINE_bool("answers", False, "Only answers of arms that have none in --out yet, no report: processes can share.")
 flags.DEFINE_bool("skip_bad", False, "On a benchmark: leave out rows and videos that cannot be used, and count them.")
 flags.DEFINE_bool("dry_run", False, "On a benchmark: say what would be answered, of which files; do nothing.")
 
@@ -47,8 +49,14 @@ def main() -> None:
     here.config, here.views = config, run.views_of(config, here.cfg)
     if stage and stage not in config.stages:
         raise configs.ConfigError(f"--checkpoint: {stage!r} is not a stage of {flags.FLAGS.config}")
+    if unknown := [a for a in flags.FLAGS.arms if a not in config.eval.arms]:
+        raise configs.ConfigError(f"--arms: {unknown[0]!r} is none of config.eval.arms")
     arms = [a for a in config.eval.arms if not stage or config.eval.arms[a].stage == stage or a == config.eval.teacher]
+    arms = [a for a in arms if not flags.FLAGS.arms or a in flags.FLAGS.arms]
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval")
+    if flags.FLAGS.answers:
+        experiment.answer_missing(here, arms, out)
+        return
     show(experiment.report_on(here, {}, started, arms=arms, folder=out))
 
 
@@ -64,8 +72,10 @@ def on_benchmark(config) -> None:
         return
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval" / config.eval.benchmark)
     if config.eval.benchmark == "qvhighlights":
-        for name, value in grounding.evaluate(config, flags.FLAGS.checkpoint, out)["metrics"].items():
-            print(f"{value:6.2f}  {name}")
+        found = grounding.evaluate(config, flags.FLAGS.checkpoint, out)
+        for name, value, _ in grounding.headline(found["metrics"]):
+            print("     –" if value is None else f"{value:6.2f}", f" {name}")
+        print(f"{found['n']} of {found['total']} queries; report: {out / 'report.md'}")
         return
     results = harness.evaluate(config, flags.FLAGS.checkpoint, out, flags.FLAGS.arms, flags.FLAGS.against)
     show({"arms": [arm for arm in results["arms"] if (arm.get("headline") or {}).get("accuracy") is not None]})

@@ -91,12 +91,11 @@ class Run:
 
         def node(x):
             if isinstance(x, PromptBatch):
-                return PromptBatch(*(
-                    sharding.place(getattr(x, f.name), over[int(f.name == "pos_3bp")]) for f in dataclasses.fields(x)
-                ))  # fmt: skip
-            return sharding.place(x, over[0])
+                return PromptBatch(*(over[int(f.name == "pos_3bp")] for f in dataclasses.fields(x)))
+            return over[0]
 
-        placed = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
+        where = jax.tree.map(node, trees, is_leaf=lambda x: isinstance(x, PromptBatch))
+        placed = sharding.place_all(trees, where)
         return placed if len(trees) > 1 else placed[0]
 
     def whole(self, tree):
@@ -208,7 +207,7 @@ class Run:
             rows = np.resize(np.arange(start, min(start + TOWER_CHUNK, len(row_e))), TOWER_CHUNK)
             chosen = features[np.where(mask_et, slot_et, 0)[rows]]
             parts.append(np.asarray(run(self.retriever, chosen, mask_et[rows]))[: len(row_e) - start])
-        self.sources[""].emb_ed = np.concatenate(parts)
+        self.sources[""].embed(np.concatenate(parts))
 
 
 def embedded(view: View, retriever: dict | None, queries):

@@ -26,6 +26,9 @@ def base() -> ConfigDict:
     `init_from` is where stages without `init` start: a folder of published safetensors or a converted checkpoint
     ("": random).
 
+    `data.keep_decoded` keeps the synthetic set's decoded patches beside its files (190 kB a video): the processes of
+    several stages then decode them once.
+
     Training on files (see `on_files`): `data.train` and `data.test` are question files in Video-R1's schema, their
     media under `data.root`; frames at `data.fps`, at most `max_frames`, each of about `frame_tokens` visual tokens, an
     image of at most `image_tokens` (0: as a frame); `second_per_grid` of every video (0: its own; 1.0: as Video-R1's
@@ -35,8 +38,9 @@ def base() -> ConfigDict:
     `question_tokens` and `answer_tokens` or half of them. `workers` processes decode, a file in at most
     `decode_seconds`. `sample` is how many rows of a training file are drawn (0: all);
     `skip_bad` leaves out those that cannot be used.
-    `eval.benchmark` makes it an evaluation on a published benchmark, of its first `eval.limit` questions (0: all), with
-    data.test its annotations (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
+    `eval.limit` asks only so many of the held-out questions, the first (0: all).
+    `eval.benchmark` makes it an evaluation on a published benchmark, with data.test its annotations
+    (`evaluation.harness`); `eval.scoring` is the rule that leads its report.
     `watch`: every `samples` steps a table of `rows` completions, every `evaluate` steps an evaluation of `questions`
     held-out questions through the stage's views and its teacher's (on files: the first of `file`); `profile_steps`
     steps from step `profile` on under jax.profiler (0: none of it).
@@ -56,6 +60,7 @@ def base() -> ConfigDict:
         "data": {
             "path": "", "train_videos": 1500, "test_videos": 600, "questions_per_video": 2, "size": 56, "fps": 4.0,
             "events": (6, 8), "patches": (1, 2), "dissolve": 0.2, "options": "fixed", "types": ("",), "workers": 2,
+            "keep_decoded": False,
             "train": "", "test": "", "root": "", "sample": 0, "skip_bad": False, "max_frames": 64, "frame_tokens": 128,
             "image_tokens": 0, "second_per_grid": 0.0, "question_tokens": 512, "answer_tokens": 768,
             "buckets": (1, 8, 32), "memory": "", "tokens": "bfloat16", "shots": "", "frames": "",
@@ -82,7 +87,7 @@ def arm() -> ConfigDict:
 
 
 def claim() -> ConfigDict:
-    """`arm` (minus the arm `minus`) should be at least / at most so many points; headline accuracy in percent."""
+    """`arm` (minus the arm `minus`) should be at least / at most so many points, if it says so; headline accuracy."""
     return ConfigDict({"text": "", "arm": "", "minus": "", "at_least": -1.0, "at_most": -1.0})
 
 
@@ -265,7 +270,7 @@ def keep(config: ConfigDict, path: Path, *, write: bool = True) -> None:
         before, now = json.loads(path.read_text()), json.loads(text)
         before = json.loads(json.dumps(completed(before), default=str))
         for c in (before, now):
-            for name in ("test", "root", "skip_bad", "workers", "memory", "frames", "decode_seconds"):
+            for name in ("test", "root", "skip_bad", "workers", "memory", "keep_decoded", "frames", "decode_seconds"):
                 c["data"].pop(name, None)
             for name in ("log_every", "save_every", "eval", "encoder", "title", "only", "watch"):
                 c.pop(name, None)

@@ -97,8 +97,10 @@ def encoder(run: Run, view: views.View) -> step.Encode:
 def drawn(run: Run, name: str, number: int):
     """The videos and questions of step `number`, from 0."""
     stage = run.config[name]
-    per_video = stage.get("questions", 1)
-    return run.sources[stage.file].draw(name, number, stage.videos, per_video, stage.events, stage.types)
+    source, per_video = run.sources[stage.file], stage.get("questions", 1)
+    if stage.get("records", 0):
+        return source.again(name, number, stage.records, stage.videos, per_video, stage.events, stage.types)
+    return source.draw(name, number, stage.videos, per_video, stage.events, stage.types)
 
 
 def prompt_pair(run: Run, name: str, number: int, view: views.View, full: views.View):

@@ -37,7 +37,9 @@ def optimizer() -> ConfigDict:
 def stage(kind: str) -> ConfigDict:
     """The keys of a stage of this kind. Raises KeyError for an unknown kind.
 
-    `file`: on files, its question file, where it is not data.train. `events` and `types` are of the synthetic set.
+    `file`: on files, its question file, where it is not data.train. Of the synthetic set are `events`, `types` and
+    `records`, the number of questions that a stage sees over and over: the same ones as any other stage of as many, the
+    first of those of a stage of more (0: new ones in each step).
     `ladder`: further views; step n looks through view n of (view, *ladder), and round again (`views.NAME.tell` tells
     the student its budget).
     `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
@@ -60,6 +62,7 @@ def stage(kind: str) -> ConfigDict:
     """
     common = {"kind": kind, "init": "", "steps": 100, "events": (6, 8), "types": ("",), "videos": 64, "file": ""}
     trained = {"view": "full", "visual": "features", "trainable": ("text/.*", "vision/merger/.*"), "micro_batches": 1}
+    trained["records"] = 0
     trained["lora"] = {"rank": 0, "alpha": 32.0, "patterns": ("text/layers/.*/kernel",), "whole": ("",)}
     trained["ladder"] = ()
     judged = {"teacher": "teacher", "teacher_view": "full", "group": 2, "temperature": 1.0}
@@ -150,6 +153,8 @@ def problems(config, name: str, done: list[str], on_files: bool) -> list[str]:
             wrong += view_settings.trained_problems(name, config.views[view], c.visual)
     if c.micro_batches < 1 or c.videos % c.micro_batches:
         wrong.append(f"{name}.micro_batches = {c.micro_batches} must divide {name}.videos = {c.videos}")
+    if c.records < 0 or c.records % c.videos or (c.records and on_files):
+        wrong.append(f"{name}.records = {c.records} must be a multiple of {name}.videos = {c.videos}; 0 on files")
     if c.lora.rank < 0 or c.lora.alpha <= 0:
         wrong.append(f"{name}.lora: rank must not be negative and alpha must be positive")
     if c.kind == "distill":

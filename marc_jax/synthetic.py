@@ -5,6 +5,7 @@
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -106,14 +107,45 @@ def decode_pixels(run, folder: Path, names: list[str], label: str) -> dict[str, 
     return {name: frames_to_pixel_patches(clip.frames)[0] for name, clip in read if clip is not None}
 
 
+def decoded(run, folder: Path, names: list[str], label: str) -> tuple[np.ndarray, dict[str, int]]:
+    """(uint8 patches [N, n, 1176] of these files, one after the other; {name: how many are its}).
+
+    With data.keep_decoded they are kept beside the set, decoded once for all processes and read from the disk's cache.
+    """
+    if not run.config.data.keep_decoded:
+        return _joined(decode_pixels(run, folder, names, label))
+    kept = folder / f"decoded_{label}_{zlib.crc32(chr(10).join(names).encode()):08x}.npy"
+    told = kept.with_suffix(".json")
+    with locks.held(folder / f".decoded_{label}.lock", f"{kept}", wait=True):
+        if not told.exists():
+            bank, rows = _joined(decode_pixels(run, folder, names, label))
+            part = kept.with_suffix(".part.npy")
+            np.save(part, bank)
+            part.replace(kept)
+            files.write_whole(told, json.dumps(rows))
+    return np.asarray(np.load(kept, mmap_mode="r")), json.loads(told.read_text(encoding="utf-8"))
+
+
+def _joined(pixels: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    return bank_of(list(pixels.values())), {name: len(patches) for name, patches in pixels.items()}
+
+
+def bank_of(parts: list[np.ndarray]) -> np.ndarray:
+    """One after the other, filled up by zeros to one of a few lengths: sets alike in size share compiled programs."""
+    total = sum(map(len, parts))
+    unit = 1 << max(total.bit_length() - 3, 0)
+    bank = np.zeros((-(-total // unit) * unit, *parts[0].shape[1:]), parts[0].dtype)
+    np.concatenate(parts, out=bank[:total])
+    return bank
+
+
 def load_training(run) -> None:
     """Decodes the training videos into the pixel bank and the pool of events that recomposition draws from."""
     folder = data_folder(run.config, run.workdir)
     records = read_records(folder, "train")
-    pixels = decode_pixels(run, folder, list(dict.fromkeys(record["path"] for record in records)), "decode")
-    pool, places = recompose.pool_from_records([record for record in records if record["path"] in pixels])
-    first = dict(zip(pixels, np.cumsum([0] + [len(p) for p in pixels.values()]), strict=False))
-    row_e = np.array([first[path] + start for path, start, _ in places])
-    run.pixels = run.whole(np.concatenate(list(pixels.values())))
-    rows = {path: int(start) for path, start in first.items()}
+    bank, count = decoded(run, folder, list(dict.fromkeys(record["path"] for record in records)), "train")
+    pool, places = recompose.pool_from_records([record for record in records if record["path"] in count])
+    rows = dict(zip(count, (np.cumsum([0, *count.values()])[:-1]).tolist(), strict=True))
+    row_e = np.array([rows[path] + start for path, start, _ in places])
+    run.pixels = run.whole(bank)
     run.sources[""] = Recomposer(pool, row_e, run.sizes, run.config.seed, rows)

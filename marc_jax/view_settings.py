@@ -7,6 +7,7 @@ SELECT = ("all", "retrieve", "random", "none", *SELECTORS)
 WATCHERS = ("visionzip", "fastvid", "holitom")
 SCENIC = ("adjacent_merge", "token_learner")
 TOKENS = ("random_tokens", "pooled_tokens", "vidcom2", "evs", "dtd", *WATCHERS, *SCENIC)
+LADDER = (64, 128, 256, 512, 1024)  # of `memory.budget`
 METHOD = ("keep", "merge", "per_event", "mean", "pooled", "moviechat", "fastv", *TOKENS)
 ONE_SIZE = ("pooled", "pooled_tokens", *SCENIC)  # methods for videos of one size alone
 
@@ -19,7 +20,7 @@ def unknown(key: str, value, known) -> list[str]:
 
 def view() -> ConfigDict:
     c = ConfigDict({"select": "all", "method": "keep", "k": 3, "keep": 1, "in_event": 1, "weighted": False})
-    c.update(represent="mean", rule=None, adaptive=False, tokens=None)
+    c.update(represent="mean", rule=None, adaptive=False, tokens=None, budgets=LADDER)
     c.update(share=None, shrink=1, apart=1, seed=0, layer=2, tell="")
     return c
 
@@ -34,6 +35,8 @@ def problems(name: str, c) -> list[str]:
         wrong.append(f"views.{name}: method 'per_event' needs select 'retrieve'")
     if min(c.k, c.keep, c.shrink, c.apart, c.layer) < 1:
         wrong.append(f"views.{name}: k, keep, shrink, apart and layer must be at least 1")
+    if not c.budgets or any(a >= b for a, b in zip((0, *c.budgets), c.budgets, strict=False)):
+        wrong.append(f"views.{name}.budgets = {c.budgets}: rising numbers of tokens")
     if c.adaptive and c.method != "merge":
         wrong.append(f"views.{name}.adaptive shares the budget of a merge: method must be 'merge', not {c.method!r}")
     if c.share is None and c.method in (*TOKENS, "moviechat", "fastv"):

@@ -108,3 +108,26 @@ def test_a_question_that_does_not_fit_names_both_counts(prompter):
     small = batches.Sizes(16, 8, 2, question=4, answer=13)
     with pytest.raises(ValueError, match=r"question of \d+ tokens \(limit 4\)"):
         prompter.split([["how many in blue stripes ?"]], [["<answer>2</answer>"]], 1, [9], small)
+
+
+def test_records_come_again_shuffled_anew_and_few_are_the_first_of_many(source):
+    def texts(records, steps, stage="sft"):
+        return [source.again(stage, n, records, 64, 1, (6, 8), scenes.PAIRS).texts_bg for n in steps]
+
+    def flat(batches):
+        return [text for rows in batches for (text,) in rows]
+
+    few, again = flat(texts(192, range(3))), flat(texts(192, range(3, 6)))
+    assert sorted(few) == sorted(again) and few != again
+    assert flat(texts(192, [4])) == flat(texts(192, [4])) != flat(texts(192, [4], "other"))
+    assert sorted(flat(texts(192, range(3), "other"))) == sorted(few)
+    more = flat(texts(320, range(5)))
+    assert len(more) == 320 and not (set(few) - set(more))
+
+
+def test_records_take_the_embeddings_that_the_events_have_now(source):
+    before = source.again("sft", 0, 64, 64, 1, (6, 8), scenes.PAIRS).videos
+    source.embed(np.arange(len(source.row_e), dtype=np.float32)[:, None])
+    after = source.again("sft", 0, 64, 64, 1, (6, 8), scenes.PAIRS).videos
+    assert (before.row_be == after.row_be).all() and before.emb_bed.max() == 0 < after.emb_bed.max()
+    source.embed(np.zeros((len(source.row_e), 1), np.float32))

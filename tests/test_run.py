@@ -1,7 +1,9 @@
 """What a run reads before it trains: records of a split, checked row by row."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from data_pipelines.synthetic import build, recompose
@@ -82,3 +84,26 @@ def test_data_that_cannot_be_is_one_line(tmp_path, repo, monkeypatch):
     (tmp_path / "data/dataset.json").write_text('{"version": 1}')
     with pytest.raises(ConfigError, match="config.data: .* holds another set .*; choose another folder or remove it"):
         prepare()
+
+
+def test_patches_are_decoded_once_for_all_processes_where_they_are_kept(tmp_path, monkeypatch):
+    calls = []
+
+    def decode(run, folder, names, label):
+        calls.append(names)
+        return {name: np.full((2 + i, 16, 1176), i, np.uint8) for i, name in enumerate(names)}
+
+    monkeypatch.setattr(synthetic, "decode_pixels", decode)
+    here = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(keep_decoded=True)))
+    first, rows = synthetic.decoded(here, tmp_path, ["a", "b"], "train")
+    again, _ = synthetic.decoded(here, tmp_path, ["a", "b"], "train")
+    assert rows == {"a": 2, "b": 3} and (first == again).all() and first[:5, 0, 0].tolist() == [0, 0, 1, 1, 1]
+    synthetic.decoded(here, tmp_path, ["a", "b", "c"], "train")
+    here.config.data.keep_decoded = False
+    synthetic.decoded(here, tmp_path, ["a"], "test")
+    assert calls == [["a", "b"], ["a", "b", "c"], ["a"]] and not [*tmp_path.glob("decoded_test*")]
+
+
+@pytest.mark.parametrize(("total", "length"), [(1, 1), (5, 5), (9, 10), (300, 320), (42_000, 49_152)])
+def test_banks_of_alike_sets_have_one_length(total, length):
+    assert len(synthetic.bank_of([np.ones((total, 1), np.uint8)])) == length

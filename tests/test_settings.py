@@ -100,6 +100,20 @@ def test_what_a_c_grpo_stage_cannot_do_is_one_line(repo, change, words):
         settings.experiment(str(repo / "experiments" / "quickstart.py"), [f"--config.cgrpo.{change}"])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("distill.divergence=hinge", "distill.divergence = 'hinge': choose one of reverse, forward, jsd, sampled"),
+        ("sft.records=100", "sft.records = 100 must be a multiple of sft.videos = 64"),
+        ("views.full.budgets=(8,4)", "views.full.budgets = (8, 4): rising numbers of tokens"),
+    ],
+)
+def test_a_divergence_records_or_ladder_that_cannot_be_is_one_line(repo, change, words):
+    with pytest.raises(config.ConfigError) as error:
+        settings.experiment(str(repo / "experiments" / "quickstart.py"), [f"--config.{change}"])
+    assert words in str(error.value)
+
+
 def test_adapters_alone_train_above_the_teacher_only_where_both_start_alike(repo):
     read = lambda *more: settings.experiment(  # noqa: E731
         str(repo / "experiments" / "quickstart.py"), ["--config.cgrpo.lora.rank=4", *more]

@@ -32,6 +32,7 @@ VERSION = 2
 CHUNK = 32
 RESERVE_BYTES = 64 * 2**20
 _HIDDEN = ".part-"
+_WHOLE = ".whole.json"  # what was asked for when the set was last completed
 
 Progress = Callable[[str, int, int], None]
 
@@ -179,8 +180,12 @@ def build(
     settings = {"version": VERSION, "seed": seed, "difficulty": _plain(difficulty)}
     _check_same_set(out, settings)
     missing = _missing(out, sizes)
+    whole = {**settings, "sizes": sizes, "questions_per_video": questions_per_video}
+    if not any(missing.values()) and _read_json(out / _WHOLE) == whole:
+        return out
     _check_room(out, sum(map(len, missing.values())), sum(sizes.values()), difficulty, max_bytes)
     with _lock(out):
+        (out / _WHOLE).unlink(missing_ok=True)
         for stale in (out / "videos").glob(f"*/{_HIDDEN}*"):
             stale.unlink()
         _write_json(out / "dataset.json", settings)
@@ -190,6 +195,7 @@ def build(
             _render_split(out, seed, split, size, missing[split], difficulty, workers, progress)
             records = [r for i in range(size) for r in make_records(seed, split, i, difficulty, questions_per_video)]
             _write_json(out / f"{split}.json", records)
+        _write_json(out / _WHOLE, whole)
     return out
 
 
@@ -231,6 +237,13 @@ def _lock(out: Path):
         except BlockingIOError:
             raise OSError(errno.EBUSY, "another build is at work here", str(out)) from None
         yield
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _write_json(path: Path, value) -> None:

@@ -1,6 +1,7 @@
 """From a finished run to its report: all arms answered, scored, compared, drawn."""
 
 import datetime
+import json
 import os
 import platform
 import resource
@@ -12,7 +13,8 @@ import jax
 import numpy as np
 
 from data_pipelines import video
-from marc_jax import records, settings
+from marc_jax import files, records, settings
+from marc_jax.baselines.kept import real_tokens
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
 from marc_jax.memory import view as views
@@ -36,12 +38,10 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     sources = run.arm_sources(here, arms or list(config.eval.arms))
     test = memory_of(here, sources)
     timings["memory"] = time.monotonic() - begun
-    rows = {}
-    for arm, (params, visual) in sources.items():
-        rows[arm] = run.answer_all(here, params, config.eval.arms[arm].view, visual, test, f"eval {arm}")
-    timings["evaluation"] = time.monotonic() - begun - timings["memory"]
     folder = folder or here.workdir / "report"
-    predictions = {arm: str(run.write_predictions(folder / "predictions", arm, rows[arm])) for arm in rows}
+    rows = {arm: answer(here, test, arm, *source, folder) for arm, source in sources.items()}
+    timings["evaluation"] = time.monotonic() - begun - timings["memory"]
+    predictions = {arm: str(run.predictions_path(folder, arm)) for arm in rows}
     samples = draw_samples(here, test, sources, rows, folder)
     timings["pictures"] = time.monotonic() - begun - timings["memory"] - timings["evaluation"]
     print(f"everything took {time.monotonic() - started:.0f} s")
@@ -49,6 +49,31 @@ def report_on(here: Run, timings: dict, started: float, arms=None, folder: Path 
     written = report.write(folder, results)
     print(f"report: {written['html']}")
     return results
+
+
+def answer(here: Run, test, arm: str, params: dict, visual: str, folder: Path) -> list[dict]:
+    """The prediction rows of one arm, also written to `<folder>/predictions`."""
+    rows = run.answer_all(here, params, here.config.eval.arms[arm].view, visual, test, f"eval {arm}")
+    run.write_predictions(folder, arm, rows)
+    return rows
+
+
+def answer_missing(here: Run, arms: list[str], folder: Path) -> None:
+    """Predictions of those of these arms that have none in `folder`, and no report: processes can share the arms.
+
+    With the teacher's goes `about.json`, what is known of the questions and their events.
+    """
+    config = here.config
+    missing = [arm for arm in arms if not run.predictions_path(folder, arm).exists()]
+    if not missing:
+        return
+    sources = run.arm_sources(here, missing)
+    test = memory_of(here, run.arm_sources(here, [config.eval.teacher]) | sources)
+    for arm, source in sources.items():
+        answer(here, test, arm, *source, folder)
+        if arm == config.eval.teacher:
+            told = {**about(here, test), "hardware": hardware(), "seed": config.seed}
+            files.write_whole(folder / "about.json", json.dumps(told, indent=1) + "\n")
 
 
 def memory_of(here: Run, sources) -> run.TestSet | records.Records:
@@ -111,7 +136,7 @@ def claims(arms: list[dict], config) -> list[dict]:
             continue
         value = score[c.arm] - (score[c.minus] if c.minus else 0.0)
         met = (c.at_least < 0 or value >= c.at_least) and (c.at_most < 0 or value <= c.at_most)
-        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}"
+        target = f">= {c.at_least:g}" if c.at_least >= 0 else f"<= {c.at_most:g}" if c.at_most >= 0 else ""
         out.append({"text": c.text, "target": target, "measured": round(value, 1), "met": bool(met)})
     return out
 
@@ -167,19 +192,26 @@ def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, v
     )  # fmt: skip
 
 
-def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View, query=None) -> dict:
-    """Retrieved events with similarities, merge weights and the patches they refer to, of one question.
+def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View) -> dict:
+    """`seen` of one question, embedded by the run's own retriever."""
+    index = test.videos.take(np.array([i])).index(test.sizes)
+    query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
+    return seen(here, params, view, index, np.asarray(test.bank[visual]), test.sizes.event, query)
 
-    `query`: its embedding [1, D]; default by the run's own retriever.
+
+def seen(here: Run, params: dict, view: views.View, index: views.VideoIndex, bank, max_event: int, query_bd) -> dict:
+    """Retrieved events with similarities, merge weights and the patches they refer to, of an index of one video.
+
+    `bank`, `max_event`, `query_bd` [1, D] as for `views.select`.
     """
-    index = run.take(test.videos, np.array([i])).index(test.sizes)
-    if query is None:
-        query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
-    picked = views.select(view, index, query, np.asarray(test.bank[visual]), test.sizes.event, jax.random.key(0))
-    ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query))
-    scores = np.asarray(index.emb_bed[0] @ np.asarray(query)[0])
-    model = qwen25_vl.bind(here.cfg, params)
-    kept = views.reduce(view, views.to_tokens(model, picked.patches_bsnc, here.grid_hw), picked)
+    picked = views.select(view, index, query_bd, bank, max_event, jax.random.key(0))
+    ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query_bd))
+    scores = np.asarray(index.emb_bed[0] @ np.asarray(query_bd)[0])
+    vis_bspd = views.to_tokens(qwen25_vl.bind(here.cfg, params), picked.patches_bsnc, here.grid_hw)
+    if picked.shapes is not None:
+        there = real_tokens(picked.mask_bs, vis_bspd.shape[2], picked.shapes.tokens_b)
+        vis_bspd = np.where(np.asarray(there)[..., None], vis_bspd, 0)
+    kept = views.reduce(view, vis_bspd, picked)
     real = np.asarray(picked.mask_bs)[0]
     return {
         "retrieved_events": {int(e): float(scores[e]) for e, ok in zip(ids, valid, strict=True) if ok},

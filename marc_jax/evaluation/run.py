@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.patches import frames_to_pixel_patches
 from data_pipelines.video import VideoError
 from marc_jax import files, metrics, settings
 from marc_jax.baselines import fastv
@@ -26,7 +25,7 @@ from marc_jax.models import qwen25_vl
 from marc_jax.records import Records
 from marc_jax.rl import rollout
 from marc_jax.run import Run, embedded
-from marc_jax.synthetic import data_folder, read_records, report_unreadable
+from marc_jax.synthetic import bank_of, data_folder, decoded, read_records, report_unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +50,13 @@ class TestSet:
     def asked(self, rows) -> Asked:
         """These questions."""
         questions = [[types.SimpleNamespace(**self.records[i])] for i in rows]
-        return Asked(take(self.videos, rows), questions, np.asarray(rows, np.int32), self.sizes)
+        return Asked(self.videos.take(rows), questions, np.asarray(rows, np.int32), self.sizes)
 
 
 def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
     """Indexes the test videos into `<workdir>/memory` (those it lacks) and lays the questions over them."""
     folder = data_folder(run.config, run.workdir)
-    records = read_records(folder, "test")
+    records = read_records(folder, "test")[: run.config.eval.limit or None]
     names = list(dict.fromkeys(record["path"] for record in records))
     worker = indexer.Indexer(run.cfg, params, run.retriever, run.sampling)
     memory = run.workdir / "memory"
@@ -79,14 +78,15 @@ def index_test(run: Run, params: dict, pixels: bool) -> TestSet:
     names = [name for name in names if name not in errors]
     reader = store.MemoryReader(memory, worker.fingerprint)
     found = {name: reader.get_checked(name, store.file_sha256(folder / name)) for name in names}
-    bank = {"features": np.concatenate([found[name].tokens for name in names])}
+    bank = {"features": bank_of([found[name].tokens for name in names])}
     if pixels:
-        clips = (run.sampling.read(folder / name) for name in names)
-        bank["pixels"] = np.concatenate([frames_to_pixel_patches(clip.frames)[0] for clip in clips])
+        bank["pixels"], _ = decoded(run, folder, names, "test")
     first = dict(zip(names, np.cumsum([0] + [len(found[n].tokens) for n in names[:-1]]).tolist(), strict=True))
     most = max(len(entry.event_spans) for entry in found.values())
     longest = max(int(np.diff(entry.event_spans, axis=1).max()) for entry in found.values())
-    sizes = dataclasses.replace(run.sizes, events=max(most, run.sizes.events), event=max(longest, run.sizes.event))
+    # In steps of 2 and 4, so that sets alike share compiled programs.
+    most, longest = max(-(-most // 4) * 4, run.sizes.events), max(-(-longest // 2) * 2, run.sizes.event)
+    sizes = dataclasses.replace(run.sizes, events=most, event=longest)
     return TestSet(records, bank, _spans(records, found, first, sizes), sizes, found, unreadable)
 
 
@@ -128,10 +128,6 @@ def _batches(order: np.ndarray, size: int):
         yield np.concatenate([part, np.full(size - len(part), order[0])]), len(part)
 
 
-def take(videos: Videos, rows) -> Videos:
-    return Videos(*(getattr(videos, f.name)[rows] for f in dataclasses.fields(videos)))
-
-
 def queries(run: Run, test: TestSet, rows):
     return run.prompter.queries([test.records[i]["problem"] for i in rows], run.sizes.question)
 
@@ -142,17 +138,17 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     """
     how = run.decoding(0.0)
 
-    def look(params, retriever, bank, emb_nd, index, asked, prompt):
+    def look(params, retriever, key, bank, emb_nd, index, asked, prompt):
         query = embedded(view, retriever, asked)
-        visual = views.select(view, index, query, bank, sizes.event, jax.random.key(run.config.seed), emb_nd)
+        visual = views.select(view, index, query, bank, sizes.event, key, emb_nd)
         encode = views.make_encode(view, run.grid_hw, run.time_scale)
         vis, prompt = encode(qwen25_vl.bind(run.cfg, params, **run.binding), visual, prompt)
         slots = view.kept(index.patch_bt.shape[1], sizes.event) * run.prompter.tokens_per_patch
         return jnp.pad(vis, ((0, 0), (0, max(slots - vis.shape[1], 0)), (0, 0)))[:, :slots], prompt
 
-    def speak(pruned, params, vis, prompt, ids_b):
+    def speak(pruned, params, key, vis, prompt, ids_b):
         model = qwen25_vl.bind(run.cfg, params, **run.binding)
-        keys = rollout.rollout_keys(run.config.seed, 0, ids_b, 1)
+        keys = rollout.rollout_keys(key, 0, ids_b, 1)
         read_b = jnp.sum(prompt.mask_bp & (prompt.vis_index_bp >= 0), axis=1)
         if pruned is None:
             return rollout.decode(model, rollout.prefill(model, vis, prompt), keys, how), read_b
@@ -165,8 +161,10 @@ def make_answerer(run: Run, view: views.View, sizes: Sizes):
     pruned = view if view.method == "fastv" else None
     speak = run.compiled.setdefault(("speak", pruned), jax.jit(functools.partial(speak, pruned)))
 
-    def answer(params, *looked_at, prompt, ids_b):
-        return speak(params, *look(params, *looked_at, prompt), ids_b)
+    key = run.whole(jax.random.key(run.config.seed))  # an argument: runs that differ in it share what is compiled
+
+    def answer(params, retriever, *looked_at, prompt, ids_b):
+        return speak(params, key, *look(params, retriever, key, *looked_at, prompt), ids_b)
 
     return answer
 
@@ -188,8 +186,10 @@ def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet |
     answer, done = make_answerer(run, view, test.sizes), 0
     bank = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None
     emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    batch = -(-run.config.eval.batch // ways) * ways  # every device has as many questions
     with metrics.Progress(label, len(order)) as bar:
-        for chosen, real in _batches(np.asarray(order), run.config.eval.batch):
+        for chosen, real in _batches(np.asarray(order), batch):
             asked = test.asked(chosen)
             index, sizes = asked.index(), asked.sizes
             kept, lengths = view.kept(sizes.patches, most), index.mask_bt.sum(1)
@@ -234,7 +234,7 @@ def retrieval(run: Run, test: TestSet) -> dict:
     for k in hits:
         view = views.View(select="retrieve", method="merge", k=k)
         for chosen, real in _batches(np.arange(len(test.records)), run.config.eval.batch):
-            index = take(test.videos, chosen).index(test.sizes)
+            index = test.videos.take(chosen).index(test.sizes)
             query = embed.embed_questions(run.retriever, *queries(run, test, chosen))
             all_b, _ = embed.recall(*views.retrieved(view, index, query), needed[chosen])
             hits[k][chosen[:real]] = np.asarray(all_b)[:real]
@@ -256,12 +256,15 @@ def needed_events(test: TestSet) -> np.ndarray:
     return out
 
 
-def write_predictions(folder: Path, arm: str, rows: list[dict]) -> Path:
+def predictions_path(folder: Path, arm: str) -> Path:
+    return Path(folder) / "predictions" / f"{arm}.jsonl"
+
+
+def write_predictions(folder: Path, arm: str, rows: list[dict]) -> None:
     """One JSON line per question; the file appears whole."""
-    path = Path(folder) / f"{arm}.jsonl"
+    path = predictions_path(folder, arm)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-    return path
 
 
 def arm_sources(run: Run, arms: list[str]) -> dict[str, tuple[dict, str]]:

@@ -45,8 +45,9 @@ class View:
       weighted: size-weighted means in the merge instead of the paper's (a + b) / 2.
       represent: a merged patch is the "mean" of its sources, or "select"s the one most like it.
       rule: None, always k events; "mass" or "gap", fewer where the scores say so (`retrieve.enough`).
-      adaptive: "merge" to as many patches as the video deserves, 1..keep on the ladder of `budget`, shared among its
-        events by what changes in them and how long they are, in place of `in_event`.
+      adaptive: "merge" to as many patches as the video deserves, 1..keep on a ladder, shared among its events by what
+        changes in them and how long they are, in place of `in_event`.
+      budgets: its ladder, in visual tokens.
       tokens: most visual tokens read, for budgets below a whole patch; the least telling are masked.
       share: the part of the whole video's tokens that is read, in thousandths; in place of k single patches, `keep` and
         `tokens`. Methods that keep whole patches take as many as hold it, and the least telling tokens go.
@@ -67,6 +68,7 @@ class View:
     represent: str = "mean"
     rule: str | None = None
     adaptive: bool = False
+    budgets: tuple[int, ...] = budget.LADDER
     tokens: int | None = None
     share: float | None = None
     shrink: int = 1
@@ -264,7 +266,7 @@ def deserved(view: View, vis_bspd, visual: Visual):
     s, p, event_bs = vis_bspd.shape[1], visual.per_patch(vis_bspd.shape[2]), visual.event_bs
     real_b = None if visual.shapes is None else visual.shapes.tokens_b
     len_be, change_be = budget.event_statistics(vis_bspd, visual.mask_bs, event_bs, s, real_b)
-    tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p)
+    tokens_b = budget.rung(budget.wanted_patches(len_be, change_be) * p, view.budgets)
     total_b = jnp.clip(tokens_b // p, 1, view.keep)
     share_be = budget.share(total_b, budget.event_weights(len_be, change_be), len_be, min(view.keep, s))
     return total_b, budget.of_patches(share_be, event_bs)

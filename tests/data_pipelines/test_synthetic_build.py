@@ -237,3 +237,13 @@ def test_a_killed_build_leaves_whole_files_and_goes_on(tmp_path):
     assert seen[0] == ("train", len(done), size) and seen[-1] == ("train", size, size)
     assert not list(tmp_path.rglob(".part-*"))
     assert len(json.loads((tmp_path / "train.json").read_text())) == size
+
+
+def test_a_whole_set_is_left_alone_unless_something_else_is_asked_of_it(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    sizes = {"train": 40, "val": 7, "test": 7}
+    before = (copy / "train.json").stat().st_mtime_ns
+    build.build(copy, sizes=sizes, questions_per_video=2)
+    assert (copy / "train.json").stat().st_mtime_ns == before
+    build.build(copy, sizes=sizes, questions_per_video=1)
+    assert len(json.loads((copy / "train.json").read_text())) == 40

@@ -1,5 +1,7 @@
 """Views: which patches are chosen, how many are kept, and where their tokens stand in the prompt."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,8 @@ def test_an_adaptive_view_keeps_more_where_more_happens():
     assert total.tolist() == [2, 8]  # 2 patches of 64 tokens fill 128; 6 want 384 and get the rung of 512
     assert per_patch[0].tolist() == [1] * 6 and per_patch[1].tolist() == [3] * 6
     assert views.reduce(view, vis, visual).mask_bk.sum(1).tolist() == [2, 6]
+    small = dataclasses.replace(view, budgets=(64, 192, 320))
+    assert views.deserved(small, vis, visual)[0].tolist() == [3, 5]
 
 
 def test_a_budget_below_a_patch_masks_the_least_telling_tokens():
