@@ -251,8 +251,6 @@ class Archive:
     def draw(self, path, answer: single.Answer) -> None:
         """The picture of an answer: a timeline (.html), or the film strip with what was merged into what (.png)."""
         if Path(path).suffix == ".png":
-            if self.on_files:
-                raise ConfigError(f"--picture={path}: the film strip needs frames of one size; give a name in .html")
             self.answerer.draw(path, answer, self.clips(answer.entries))
             return
         tracks = {

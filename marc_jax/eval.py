@@ -72,8 +72,10 @@ def on_benchmark(config) -> None:
         return
     out = Path(flags.FLAGS.out or Path(flags.FLAGS.checkpoint) / "eval" / config.eval.benchmark)
     if config.eval.benchmark == "qvhighlights":
-        for name, value in grounding.evaluate(config, flags.FLAGS.checkpoint, out)["metrics"].items():
-            print(f"{value:6.2f}  {name}")
+        found = grounding.evaluate(config, flags.FLAGS.checkpoint, out)
+        for name, value, _ in grounding.headline(found["metrics"]):
+            print("     –" if value is None else f"{value:6.2f}", f" {name}")
+        print(f"{found['n']} of {found['total']} queries; report: {out / 'report.md'}")
         return
     results = harness.evaluate(config, flags.FLAGS.checkpoint, out, flags.FLAGS.arms, flags.FLAGS.against)
     show({"arms": [arm for arm in results["arms"] if (arm.get("headline") or {}).get("accuracy") is not None]})

@@ -13,17 +13,15 @@ import dataclasses
 import hashlib
 import io
 import json
-import sys
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from data_pipelines import loader, sources
-from marc_jax import distributed, files
+from marc_jax import distributed, files, unusable
 from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.config import ConfigError
 from marc_jax.media import media_key, open_indexer, remember
@@ -201,18 +199,19 @@ def over_memory(
     """`open_records` of records that have been read: told apart by their row; `errors` are those of other rows."""
     told = [{"row": e.row, "line": e.line, "path": "", "reason": f"{e.field or 'row'}: {e.reason}"} for e in errors]
     bad, total = {line["row"]: line for line in told}, len(records) + len(errors)
-    bad |= too_long(run, records, style)
-    bad |= {r.row: _bad(r, reason) for r in records if r.row not in bad and (reason := _absent(run, r))}
+    bad |= unusable.too_long(run, records, style)
+    rest = [record for record in records if record.row not in bad]
+    bad |= {r.row: unusable.line_of(r, reason) for r in rest if (reason := unusable.absent(run, r))}
     if not run.config.data.skip_bad:
-        _exclude(run, file, bad, total)  # before hours of decoding
+        unusable.exclude(run, file, bad, total)  # before hours of decoding
     alone = run.alone()
     encoder, pool = chosen_encoder(alone)
     worker = open_indexer(alone, alone.parameters(""), encoder, pool, run.config.data.shots, "config.data.shots")
     run.tower = dict(worker.fingerprint.parts)["tower"]
     memory, broken = remember(run, worker, [record for record in records if record.row not in bad])
-    bad |= {r.row: _bad(r, broken[media_key(r)]) for r in records if media_key(r) in broken}
+    bad |= {r.row: unusable.line_of(r, broken[media_key(r)]) for r in records if media_key(r) in broken}
     good = [record for record in records if record.row not in bad]
-    _exclude(run, file, bad, total)
+    unusable.exclude(run, file, bad, total)
     query_nd = None if encoder is None else _embedded(memory, worker, encoder, [record.problem for record in good])
     left_out = [row_of(record) for record in records if record.row in bad]
     blank = {"question_type": "bad row", "problem_type": "", "solution": "", "path": ""}
@@ -227,60 +226,6 @@ def _sampled(run: Run, records, errors):
         return records, errors
     kept = set(np.random.default_rng(run.config.seed).choice(rows, count, replace=False).tolist())
     return [r for r in records if r.row in kept], [e for e in errors if e.row in kept]
-
-
-def too_long(run: Run, records: Sequence[sources.Record], style: str) -> dict[int, dict]:
-    """{row: `_bad`} of records with more tokens than a batch takes."""
-    around, bad = run.prompter.words("", Shape("video", (1, 1), 0.0))[1], {}
-    asked = [sources.question_text(r.problem, r.problem_type, r.options, style) for r in records]
-    frames = {kind: sources.question_text("", kind, (), style) for kind in {r.problem_type for r in records}}
-    spared = {kind: max(len(text) - len(run.tokenizer.encode(text)) - 8, 0) for kind, text in frames.items()}
-    texts = {"question": (asked, [spared[r.problem_type] for r in records], around)}
-    if style == "train":
-        texts["answer"] = [r.target for r in records], [0] * len(records), 1  # its stop token
-    for name, (said, less, more) in texts.items():
-        most = getattr(run.sizes, name)
-        # No token is shorter than a byte, so short texts need no counting (NFC can lengthen what is not ASCII).
-        unsure = [i for i, text in enumerate(said) if not text.isascii() or len(text) - less[i] + more > most]
-        for i, count in zip(unsure, run.tokenizer.counts(said[i] for i in unsure), strict=True):
-            if count + more > most and records[i].row not in bad:
-                reason = f"{name} of {count + more} tokens, config.data.{name}_tokens = {most}"
-                bad[records[i].row] = _bad(records[i], reason)
-    return bad
-
-
-def _bad(record: sources.Record, reason: str) -> dict:
-    """A line of the list of rows that cannot be used."""
-    return {"row": record.row, "line": record.line, "path": record.path, "reason": reason}
-
-
-def _absent(run: Run, record: sources.Record) -> str | None:
-    """Why a record's medium is no file under the data root; a folder of pictures is looked at when it is read."""
-    try:
-        if record.data_type != "frame":
-            sources.media_path(run.config.data.root, record.path)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def _exclude(run: Run, file: str, bad: dict[int, dict], total: int) -> None:
-    """Lists rows that cannot be used; goes on without them only where the user said so."""
-    if not bad:
-        return
-    path, listed = run.workdir / f"{Path(file).stem}.bad.jsonl", [bad[row] for row in sorted(bad)]
-    if jax.process_index() == 0:
-        files.write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in listed))
-    first = listed[0]
-    where = f"line {first['line']}" if first["line"] else f"row {first['row']}"
-    first = f"{where}: {first['path']}: {first['reason']}".replace(": : ", ": ")
-    line = f"{file}: {len(bad)} of {total} rows cannot be used (all in {path}); first: {first}"
-    if not run.config.data.skip_bad:
-        option = "--skip_bad leaves" if run.config.eval.benchmark else "--config.data.skip_bad=True leaves"
-        raise ConfigError(f"{line}; {option} them out")
-    if len(bad) == total:
-        raise ConfigError(line)
-    print(f"warning: {line}; going on with {total - len(bad)} of {total}", file=sys.stderr)
 
 
 def _embedded(memory: store.MemoryReader, worker: indexer.Indexer, encoder, problems: list[str]) -> np.ndarray:

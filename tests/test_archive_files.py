@@ -70,8 +70,8 @@ def test_an_archive_is_answered_from_the_video_of_its_nearest_event(place, memor
     assert merged.events == answer.events and answer.tokens == 3 * merged.tokens
     told.draw(place / "ask.html", answer)
     assert "data:image/jpeg;base64," in (place / "ask.html").read_text()
-    with pytest.raises(ConfigError, match="--picture=.*ask.png: the film strip needs frames of one size"):
-        told.draw(place / "ask.png", answer)
+    told.draw(place / "ask.png", answer)
+    assert (place / "ask.png").stat().st_size > 10_000
 
 
 def test_without_an_encoder_whole_videos_are_read_and_nothing_is_searched(place, tmp_path):

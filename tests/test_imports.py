@@ -64,6 +64,7 @@ ABOVE = {
     "marc_jax.evaluation.compare": ("data_pipelines.benchmarks", "marc_jax.config", "marc_jax.evaluation"),
     "marc_jax.media": ("data_pipelines", "marc_jax"),
     "marc_jax.records": ("data_pipelines", "marc_jax"),
+    "marc_jax.unusable": ("data_pipelines", "marc_jax"),
     "marc_jax.synthetic": ("data_pipelines", "marc_jax"),
     "marc_jax.stages": ("data_pipelines", "marc_jax"),
     "marc_jax.stage_parts": ("data_pipelines", "marc_jax"),
@@ -192,7 +193,7 @@ def test_rooms_above_the_maths_know_only_what_they_build_on(name):
 
 def test_what_runs_share_knows_neither_stages_nor_evaluation():
     above = ("marc_jax.stages", "marc_jax.loop", "marc_jax.evaluation")
-    for name in ("run", "records", "synthetic", "grades", "samples", "watch"):
+    for name in ("run", "records", "unusable", "synthetic", "grades", "samples", "watch"):
         assert_none(offences(modules(f"marc_jax/{name}"), lambda m: within(m, above)))
     for name in ("stages", "stage_parts", "distill", "cgrpo"):
         assert_none(offences(modules(f"marc_jax/{name}"), lambda m: within(m, above[1:])))

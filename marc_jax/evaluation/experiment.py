@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipelines import video
 from marc_jax import files, records, settings
+from marc_jax.baselines.kept import real_tokens
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
 from marc_jax.memory import view as views
@@ -191,19 +192,26 @@ def draw(here: Run, path, clip: video.Clip, test: run.TestSet, i: int, source, v
     )  # fmt: skip
 
 
-def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View, query=None) -> dict:
-    """Retrieved events with similarities, merge weights and the patches they refer to, of one question.
-
-    `query`: its embedding [1, D]; default by the run's own retriever.
-    """
+def look(here: Run, test: run.TestSet, i: int, params: dict, visual: str, view: views.View) -> dict:
+    """`seen` of one question, embedded by the run's own retriever."""
     index = test.videos.take(np.array([i])).index(test.sizes)
-    if query is None:
-        query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
-    picked = views.select(view, index, query, np.asarray(test.bank[visual]), test.sizes.event, jax.random.key(0))
-    ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query))
-    scores = np.asarray(index.emb_bed[0] @ np.asarray(query)[0])
-    model = qwen25_vl.bind(here.cfg, params)
-    kept = views.reduce(view, views.to_tokens(model, picked.patches_bsnc, here.grid_hw), picked)
+    query = embed.embed_questions(here.retriever, *run.queries(here, test, [i]))
+    return seen(here, params, view, index, np.asarray(test.bank[visual]), test.sizes.event, query)
+
+
+def seen(here: Run, params: dict, view: views.View, index: views.VideoIndex, bank, max_event: int, query_bd) -> dict:
+    """Retrieved events with similarities, merge weights and the patches they refer to, of an index of one video.
+
+    `bank`, `max_event`, `query_bd` [1, D] as for `views.select`.
+    """
+    picked = views.select(view, index, query_bd, bank, max_event, jax.random.key(0))
+    ids, valid = (np.asarray(x)[0] for x in views.retrieved(view, index, query_bd))
+    scores = np.asarray(index.emb_bed[0] @ np.asarray(query_bd)[0])
+    vis_bspd = views.to_tokens(qwen25_vl.bind(here.cfg, params), picked.patches_bsnc, here.grid_hw)
+    if picked.shapes is not None:
+        there = real_tokens(picked.mask_bs, vis_bspd.shape[2], picked.shapes.tokens_b)
+        vis_bspd = np.where(np.asarray(there)[..., None], vis_bspd, 0)
+    kept = views.reduce(view, vis_bspd, picked)
     real = np.asarray(picked.mask_bs)[0]
     return {
         "retrieved_events": {int(e): float(scores[e]) for e, ok in zip(ids, valid, strict=True) if ok},

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -313,8 +314,8 @@ def _notes(name: str, lead: str, questions: Questions, arms: list[dict]) -> list
     return notes
 
 
-def _peak_gb() -> float | None:
-    """Peak memory of the fullest device; None where the backend does not say."""
+def _peak_gb() -> float:
+    """Peak memory of the fullest device; of the process where the backend does not say (a CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    return round(max(peaks) / 2**30, 2) if peaks else None
+    return round(max(peaks) / 2**30 if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

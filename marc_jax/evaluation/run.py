@@ -186,8 +186,10 @@ def answers(run: Run, params: dict, view_name: str, visual: str, test: TestSet |
     answer, done = make_answerer(run, view, test.sizes), 0
     bank = run.whole(test.bank[visual]) if isinstance(test, TestSet) else None
     emb = patch_embeddings(run, test) if view.asks and view.select in choose.SELECTORS else None
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    batch = -(-run.config.eval.batch // ways) * ways  # every device has as many questions
     with metrics.Progress(label, len(order)) as bar:
-        for chosen, real in _batches(np.asarray(order), run.config.eval.batch):
+        for chosen, real in _batches(np.asarray(order), batch):
             asked = test.asked(chosen)
             index, sizes = asked.index(), asked.sizes
             kept, lengths = view.kept(sizes.patches, most), index.mask_bt.sum(1)

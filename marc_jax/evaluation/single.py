@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from data_pipelines import patches, sources, video
-from marc_jax import records, settings
+from marc_jax import records, settings, unusable
 from marc_jax.batches import Sizes, Videos
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import experiment, pictures, run
+from marc_jax.evaluation import experiment, pictures
 from marc_jax.memory import embed, encoders, store
 from marc_jax.memory import view as views
 from marc_jax.models import qwen25_vl
@@ -191,7 +191,7 @@ class Answerer:
         """One video of any shape and rate, as training and evaluation on files read it. `clips`: not needed."""
         (name,) = entries
         record = sources.Record(0, question, "video", "free-form", (), "", name)
-        for problem in records.too_long(self.here, [record], self._style).values():
+        for problem in unusable.too_long(self.here, [record], self._style).values():
             raise ConfigError(f"--question: {problem['reason']}")
         asked = records.Records(self.here, [record], entries, query, self._style).asked([0])
         index, sizes, kept = asked.index(), asked.sizes, self.view.kept(asked.sizes.patches, asked.sizes.event)
@@ -216,13 +216,9 @@ class Answerer:
     def draw(self, path, answer: Answer, clips: Mapping[str, video.Clip]) -> None:
         """A PNG of what was retrieved and merged, over the frames of the answer's videos in a row."""
         query = self.embed(answer.question)
+        index, bank, sizes, _ = self._lay_out(answer.question, query, answer.entries, clips)
+        looked = experiment.seen(self.here, self.params, self.view, index, bank, sizes.event, query)
         entry = join(answer.entries, query[0])
-        sizes = self._sizes(entry, answer.question)
-        record = {"problem": answer.question, "options": [], "path": ""}
-        visual = "pixels" if self.pixels else "features"
-        bank = {visual: self._bank(entry, clips, sizes)}
-        test = run.TestSet([record], bank, _videos(entry, sizes), sizes, {})
-        looked = experiment.look(self.here, test, 0, self.params, visual, self.view, query)
         pictures.draw_sample(
             path, np.concatenate([clip.frames for clip in clips.values()]),
             np.concatenate([clip.seconds for clip in clips.values()]), entry.event_spans.tolist(),

@@ -144,7 +144,8 @@ def test_events_as_moments(place, tmp_path, repo, config):
     said = json.loads(line)
     scores = [score for _, _, score in said["pred_relevant_windows"]]
     assert said["qid"] == 1 and scores == sorted(scores, reverse=True) and len(said["pred_saliency_scores"]) == 5
-    assert "1 of 2 queries" in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "1 of 2 queries" in report and "| R1@0.5 | " in report and " | 53.94 |" in report
 
 
 def test_events_become_windows_and_clips():
