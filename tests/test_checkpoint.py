@@ -395,6 +395,24 @@ def test_the_second_signal_ends_it_at_once(tmp_path):
     assert done.returncode == 128 + signal.SIGTERM and "at once" in done.stderr
 
 
+def test_the_second_signal_needs_no_main_thread():
+    code = (
+        "import ctypes\nfrom marc_jax.interrupt import Interrupt\n"
+        "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
+        "with Interrupt():\n"
+        "    lock(mutex)\n    print('ready', flush=True)\n    lock(mutex)\n"  # waits forever, outside of Python
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    for expected in ("stopping after this step", "stopped at once"):
+        process.send_signal(signal.SIGINT)
+        assert any(expected in line for line in process.stderr)
+    assert process.wait(20) == 130
+    process.communicate()
+
+
 def test_the_manifest_says_what_is_inside(saved):
     text = (saved / "step_00000010/manifest.json").read_text()
     facts = json.loads(text.rpartition("\n")[0])
