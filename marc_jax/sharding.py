@@ -7,9 +7,11 @@ divide over its mesh axis stays whole on it, and that is said in the log (`fallb
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -150,6 +152,51 @@ def constrain_batch(x: jax.Array) -> jax.Array:
         return x
     rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(axes, *rest)))
+
+
+def ways_of_heads(mesh: Mesh | jax.sharding.AbstractMesh | None, heads: int, kv: int) -> int:
+    """Over how many devices attention's query and key heads are split: those on tensor, or 1 where it does not divide.
+
+    Fewer key heads than devices do divide, if each goes to a whole number of them.
+    """
+    ways = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    return ways if heads % ways == 0 and (kv % ways == 0 or ways % kv == 0) else 1
+
+
+def _axes_of_rows(mesh: Mesh | jax.sharding.AbstractMesh, b: int) -> tuple[str, ...] | None:
+    """Mesh axes over which b rows divide: data and fsdp, else the first of them that does."""
+    axes = tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
+    tries = [axes, *((axis,) for axis in axes)]
+    return next((names for names in tries if b % int(np.prod([mesh.shape[name] for name in names])) == 0), None)
+
+
+def split_attention(
+    local: Callable[..., jax.Array], q: jax.Array, keys: Sequence[jax.Array], *by_row: jax.Array | None, heads: int = -2
+) -> jax.Array:
+    """local(q, *keys, *by_row), on a mesh as a `shard_map`: each device on its own rows and heads alone.
+
+    For kernels that XLA does not partition (Pallas) or whose own partitioner takes few layouts (cuDNN). Rows are split
+    over data and fsdp, heads over tensor; what does not divide stays whole. Outside a mesh, within a `shard_map` and
+    on one device it is the plain call.
+
+    Args:
+      q: queries [b, .., n, .., h]; `local` returns an array of their shape.
+      keys: keys and values [b, .., k, .., h]; query head j reads key head j // (n / k).
+      by_row: arrays [b, ..] without heads, or None.
+      heads: where the heads are, from the end.
+    """
+    mesh = mesh_of(q)
+    if mesh is None or mesh.size == 1:
+        return local(q, *keys, *by_row)
+    kv = keys[0].shape[heads]
+    rows, ways = _axes_of_rows(mesh, len(q)), ways_of_heads(mesh, q.shape[heads], kv)
+    if kv % ways:  # fewer key heads than devices: each key head where its query heads are
+        keys = [jnp.repeat(a, ways // kv, axis=heads) for a in keys]
+    name = "tensor" if ways > 1 else None
+    specs = [P(rows, *(None,) * (a.ndim + heads - 1), name) for a in (q, *keys)]
+    specs_in = (*specs, *(P(rows) for _ in by_row))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs_in, out_specs=specs[0], check_vma=False)
+    return run(q, *keys, *by_row)
 
 
 def place(x, sharding: NamedSharding) -> jax.Array:

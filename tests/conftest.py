@@ -68,3 +68,28 @@ def qwen_vl_utils():
     module.VIDEO_READER_BACKENDS["pyav"] = read
     module.get_video_reader_backend = lambda: "pyav"
     return module
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+    """The "cudnn" backend where there is none: the calls of its kernel, as shapes (q, k), computed by XLA."""
+    import jax
+
+    plain, calls = jax.nn.dot_product_attention, []
+
+    def call(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn"
+        calls.append((q.shape, k.shape))
+        return plain(q, k, v, **how, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+    return calls
+
+
+@pytest.fixture
+def lowered_cudnn(monkeypatch):
+    """Lets programs with the cuDNN kernels be traced and lowered where there is no GPU."""
+    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda _: False)

@@ -2,13 +2,17 @@
 
 Backends: "cudnn" (flash attention through `jax.nn.dot_product_attention`), "splash" (TPU, see `splash`), "xla" (plain
 einsums, any platform); "auto" takes cudnn on a GPU and splash on a TPU for half precision, and xla elsewhere. Scores
-and softmax are float32 in all of them.
+and softmax are float32 in all of them. On a mesh cudnn and splash run on each device's own rows and heads
+(`sharding.split_attention`); XLA partitions the rest.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from marc_jax.models import splash
+from marc_jax.sharding import split_attention
 
 NEG = -1e30  # finite: a row whose keys are all masked gives finite garbage, never NaN
 
@@ -27,7 +31,7 @@ def _pad_axis1(x: jax.Array, length: int) -> jax.Array:
     return x if x.shape[1] == length else jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 
-def _cudnn(q, k, v, *, causal=False, lengths=None):
+def _cudnn(q, k, v, lengths=None, *, causal=False):
     """cuDNN refuses some lengths: sequences are padded to a multiple of 64.
 
     The padding is masked by length; a causal query never sees what comes after it.
@@ -152,7 +156,8 @@ def bidirectional(q_blnh: jax.Array, k_blnh: jax.Array, v_blnh: jax.Array, impl:
       lengths: None, or int [b] (numpy or jax): only the first `lengths[b]` keys of a row are real.
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
-        return _cudnn(q_blnh, k_blnh, v_blnh, lengths=None if lengths is None else jnp.asarray(lengths, jnp.int32))
+        lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+        return split_attention(_cudnn, q_blnh, (k_blnh, v_blnh), lengths)
     if backend(impl, q_blnh.dtype) == "splash" and splash.fits(q_blnh.shape[1]):
         return splash.bidirectional(q_blnh, k_blnh, v_blnh, lengths)
     q_blnh = q_blnh * q_blnh.shape[-1] ** -0.5
@@ -171,7 +176,7 @@ def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax
     result; xla takes any mask.
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
-        return _cudnn(q_blnh, k_blkh, v_blkh, causal=True)
+        return split_attention(functools.partial(_cudnn, causal=True), q_blnh, (k_blkh, v_blkh))
     if backend(impl, q_blnh.dtype) == "splash":
         return splash.causal(q_blnh, k_blkh, v_blkh, mask_bl)
     kv, length = k_blkh.shape[2], q_blnh.shape[1]
@@ -205,7 +210,7 @@ def prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_ma
     suffixes, where their mask changes no real token's result; xla and splash take any mask.
     """
     if backend(impl, q_bgrnh.dtype) == "cudnn":
-        return _cudnn_prefix(q_bgrnh, k_bgrkh, v_bgrkh, k_bpkh, v_bpkh, prefix_mask_bp)
+        return split_attention(_cudnn_prefix, q_bgrnh, (k_bgrkh, v_bgrkh, k_bpkh, v_bpkh), prefix_mask_bp)
     if backend(impl, q_bgrnh.dtype) == "splash":
         return splash.prefix_causal(q_bgrnh, k_bgrkh, v_bgrkh, mask_bgr, k_bpkh, v_bpkh, prefix_mask_bp)
     kv, r = k_bpkh.shape[2], q_bgrnh.shape[2]

@@ -10,9 +10,8 @@ never holds [B, G, .., P] scores; blocks that would join two suffixes, or look a
     query g=1      1 1 1 1    . .     1 0
                    1 1 1 1    . .     1 1
 
-Backward is the kernel's own. Pallas calls are not partitioned by XLA: under a mesh each call is a `shard_map`, heads
-over "tensor", rows over "data" and "fsdp" (what does not divide stays whole). The mesh is read off the arrays or off
-`jax.set_mesh`; devices that are not TPUs run the same kernel in Pallas' interpreter, which is for tests.
+Backward is the kernel's own. Pallas calls are not partitioned by XLA: on a mesh each call is split by
+`sharding.split_attention`. Devices that are not TPUs run the same kernel in Pallas' interpreter, which is for tests.
 """
 
 import dataclasses
@@ -22,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as library
-from jax.sharding import PartitionSpec as P
 
-from marc_jax.sharding import RULES, mesh_of
+from marc_jax.sharding import mesh_of, split_attention, ways_of_heads
 
 LANES = 128  # the kernel's smallest block
 BLOCKS = (512, 256, LANES)
@@ -132,15 +130,8 @@ def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
     mesh = mesh_of(q_bnqh)
     device = None if mesh is None else getattr(mesh, "abstract_device", None)
     platform = jax.default_backend() if device is None else device.platform
-    (b, n), kv = q_bnqh.shape[:2], k_bksh.shape[1]
-    rows, tensor = None, 1
-    if mesh is not None:
-        rows = _rows(b, mesh)
-        tensor = mesh.shape.get("tensor", 1)
-        tensor = tensor if n % tensor == 0 and (kv % tensor == 0 or tensor % kv == 0) else 1
-        if kv % tensor:  # fewer key heads than devices: each key head where its query heads are
-            k_bksh, v_bksh = (jnp.repeat(a, tensor // kv, axis=1) for a in (k_bksh, v_bksh))
-    kernel = _kernel(mask, n // tensor, blocks, platform != "tpu")
+    n, kv = q_bnqh.shape[1], k_bksh.shape[1]
+    kernel = _kernel(mask, n // ways_of_heads(mesh, n, kv), blocks, platform != "tpu")
 
     def local(q, k, v, real):
         if real is None:
@@ -149,17 +140,4 @@ def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
         return jax.vmap(lambda q, k, v, ok: kernel(q, k, v, library.SegmentIds(ones, ok)))(q, k, v, real)
 
     real_bs = None if real_bs is None else real_bs.astype(jnp.int32)
-    if mesh is None:
-        return local(q_bnqh, k_bksh, v_bksh, real_bs)
-    spec = P(rows, "tensor" if tensor > 1 else None)
-    run = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, spec, spec, P(rows)), out_specs=spec, check_vma=False
-    )
-    return run(q_bnqh, k_bksh, v_bksh, real_bs)
-
-
-def _rows(b: int, mesh) -> tuple[str, ...] | None:
-    """Mesh axes over which b rows divide: data and fsdp, else the first of them that does."""
-    axes = tuple(axis for axis in RULES["batch"] if axis in mesh.shape)
-    tries = [axes, *((axis,) for axis in axes)]
-    return next((names for names in tries if b % int(np.prod([mesh.shape[name] for name in names])) == 0), None)
+    return split_attention(local, q_bnqh, (k_bksh, v_bksh), real_bs, heads=-3)

@@ -1,11 +1,14 @@
 """A prompt and its group in one forward pass: loss and gradients equal G copies of the prompt, on every backend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from marc_jax import optim, state
+from marc_jax import optim, sharding, state
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import loss, rollout, step
 from marc_jax.rl.types import Completions, PromptBatch
@@ -69,21 +72,12 @@ def test_loss_and_gradients_equal_the_replicated_prompt(case, wanted, remat):
         close(run(tiny.params(), case[1]), wanted)
 
 
-def test_the_cudnn_layout_gives_the_same(case, wanted, monkeypatch):
+def test_the_cudnn_layout_gives_the_same(case, wanted, plain_cudnn):
     """What is handed to the kernel, computed by jax's plain implementation of the same call."""
-    plain = jax.nn.dot_product_attention
-    shapes = []
-
-    def call(q, k, v, *, implementation, **how):
-        assert implementation == "cudnn" and q.shape[1] % 64 == k.shape[1] % 64 == 0
-        shapes.append((q.shape, k.shape))
-        return plain(q, k, v, **how, implementation="xla")
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     with jax.default_matmul_precision("highest"):
         run = jax.jit(jax.value_and_grad(lambda p, v: shared(p, v, case, attention="cudnn"), (0, 1)))
         close(run(tiny.params(), case[1]), wanted)
-    assert shapes
+    assert plain_cudnn and all(q[1] % 64 == k[1] % 64 == 0 for q, k in plain_cudnn)
 
 
 def test_an_unknown_remat_policy_is_an_error(case):
@@ -91,12 +85,8 @@ def test_an_unknown_remat_policy_is_an_error(case):
         shared(tiny.params(), case[1], case, remat="all")
 
 
-def test_the_update_lowers_for_a_gpu_without_scores(monkeypatch):
+def test_the_update_lowers_for_a_gpu_without_scores(lowered_cudnn):
     """Flash kernels for prompt and suffixes, forward once, and no [.., queries, keys] array of floats anywhere."""
-    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(kernels, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(kernels, "is_cuda_compute_capability_equal", lambda _: False)
     b, p, g, r = 2, 192, 4, 128
     cfg = qwen25_vl.tiny(vocab_size=352, hidden_size=128, num_heads=2, num_kv_heads=1)
     tx = optim.make(optim.Config(), 10)
@@ -117,3 +107,41 @@ def test_the_update_lowers_for_a_gpu_without_scores(monkeypatch):
     }
     assert text.count("SoftmaxBackward(") == 2
     assert f"{r}x{p + r}xf32" not in text and f"{p}x{p}xf32" not in text
+
+
+def test_an_update_over_two_devices_equals_that_of_one(plain_cudnn):
+    """A whole update in bfloat16 and the rollout before it, weights and questions over fsdp, with the cudnn backend."""
+    b = 4
+    prompt, vis = tiny.prompts(b=b)
+    tx, how = optax.sgd(0.1), rollout.Sampling(R, tiny.STOPS, tiny.PAD, banned_ids=tiny.BANNED)
+    keys = rollout.rollout_keys(0, 0, jnp.arange(b), G)
+    bind = dict(dtype=jnp.bfloat16, attention="cudnn")
+    given = lambda model, visual, prompt: (visual, prompt)  # noqa: E731
+    draw = jax.jit(step.make_sampler(tiny.CONFIG, given, how, **bind | {"dtype": jnp.float32}))
+    config = loss.LossConfig(kl_coef=0.0)
+    update = jax.jit(step.make_grpo_step(tiny.CONFIG, given, tx, how, config, remat="attention", **bind))
+    gain = jnp.asarray(np.random.default_rng(0).normal(size=(b, G)), jnp.float32)
+
+    def run(devices):
+        mesh = sharding.make_mesh(1, devices, 1, jax.devices()[:devices])
+        held = sharding.shardings(qwen25_vl.describe(tiny.CONFIG), mesh)
+        params = jax.device_put(tiny.params(), held)
+        rows = functools.partial(jax.tree.map_with_path, lambda path, x: jax.device_put(
+            x, sharding.batch(mesh, int(jax.tree_util.keystr(path).endswith("pos_3bp")))
+        ))  # fmt: skip
+        with jax.set_mesh(mesh):
+            done = draw(params, *rows((prompt, vis, keys)))
+            trainable, frozen = optim.partition(params, ("text/.*",))
+            first = state.settled(state.create(tx, trainable, frozen, key=jax.random.key(0)), mesh)
+            plain_cudnn.clear()
+            after, metrics = update(first, rows(step.GRPOBatch(prompt, vis, done, gain)))
+        assert {q[0] for q, _ in plain_cudnn} == {b // devices, b * G // devices}
+        moved = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.params, dict(trainable))
+        return done, moved, metrics
+
+    (done, moved, metrics), (done1, moved1, metrics1) = run(2), run(1)
+    np.testing.assert_array_equal(done.tokens_bgr, done1.tokens_bgr)
+    for path, mine, plain in ((path, moved[path], moved1[path]) for path in moved1):
+        np.testing.assert_allclose(mine, plain, atol=2e-2 * (np.abs(plain).max() + 1e-6), err_msg=str(path))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(*(np.asarray(jax.tree.leaves(m[name])) for m in (metrics, metrics1)), rtol=1e-2)

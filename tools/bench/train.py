@@ -234,12 +234,18 @@ def parse(argv=None):
 
 
 def attempt(title: str, function, *args):
-    """function(*args), or None and its error in one line: a row that fails must not cost the others' numbers."""
+    """function(*args), or None and its error, shortened: a row that fails must not cost the others' numbers."""
     try:
         return function(*args)
     except Exception as e:
-        print(f"{title:36} FAILED: {type(e).__name__}: {str(e)[:600]}", flush=True)
+        print(f"{title:36} FAILED: {type(e).__name__}: {brief(str(e))}", flush=True)
         return None
+
+
+def brief(error: str) -> str:
+    """The first 200 and the last 600 characters, where the cause is; XLA follows it by the line of code it suspects."""
+    error = error.partition("Suspected Python Code Location")[0].strip()
+    return error if len(error) <= 800 else f"{error[:200]} .. {error[-600:]}"
 
 
 def updates(cfg, args, beside: dict) -> dict[str, dict]:
