@@ -35,14 +35,6 @@ from marc_jax import config as configs
 GROUP = 12  # arms that one process answers while stages still train
 EVERY = 15.0  # seconds between lines of progress
 
-configs.define_flags(workdir="runs/sweep")
-flags.DEFINE_list("seeds", ["0"], "Seeds; each is a run of its own in <workdir>/seed_<n>.")
-flags.DEFINE_integer("jobs", 1, "Processes at a time on each device.")
-flags.DEFINE_list("devices", [], "GPUs by number; default those of CUDA_VISIBLE_DEVICES, else all, else the CPU.")
-flags.DEFINE_list("also", [], "Further configs of the same run, whose arms are answered too.")
-flags.DEFINE_float("stop_after", 0.0, "Seconds after which no stage begins or goes on; 0: never.")
-flags.DEFINE_string("pack", "", "File that answers and curves are packed into in the end.")
-
 
 @dataclasses.dataclass
 class Job:
@@ -356,4 +348,11 @@ def outcome(sweep: Sweep) -> int:
 
 
 if __name__ == "__main__":
+    configs.define_flags(workdir="runs/sweep")
+    flags.DEFINE_list("seeds", ["0"], "Seeds; each is a run of its own in <workdir>/seed_<n>.")
+    flags.DEFINE_integer("jobs", 1, "Processes at a time on each device.")
+    flags.DEFINE_list("devices", [], "GPUs by number; default those of CUDA_VISIBLE_DEVICES, else all, else the CPU.")
+    flags.DEFINE_list("also", [], "Further configs of the same run, whose arms are answered too.")
+    flags.DEFINE_float("stop_after", 0.0, "Seconds after which no stage begins or goes on; 0: never.")
+    flags.DEFINE_string("pack", "", "File that answers and curves are packed into in the end.")
     configs.run_main(main)
