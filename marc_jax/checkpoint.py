@@ -20,7 +20,6 @@ import os
 import pathlib
 import re
 import shutil
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +32,7 @@ from jax.experimental import multihost_utils
 from marc_jax import manifest, streamed
 from marc_jax.config import UserError
 from marc_jax.paths import unflatten
+from marc_jax.pending import Pending
 
 _LARGEST_LIST = 5
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
@@ -55,28 +55,6 @@ class DamagedError(CheckpointError):
     """There are steps, and none of those asked for is what was written."""
 
 
-class Pending:
-    """A save under way. `wait()` returns when the step is committed, or raises what went wrong."""
-
-    def __init__(self, finish):
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(finish,), name="checkpoint")
-        self._thread.start()
-
-    def _run(self, finish) -> None:
-        try:
-            finish()
-        except BaseException as e:
-            self._error = e
-
-    def wait(self) -> None:
-        """Blocks until the step is on disk; raises CheckpointError (once) if it never will be."""
-        self._thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-
 def save(
     directory, step: int, tree: Any, meta: Mapping | None = None, *, keep: int | None = 3, wait: bool = True
 ) -> Pending | None:
@@ -89,7 +67,8 @@ def save(
         donate its buffers. `streamed.Streamed` leaves are read part by part while they are written.
       meta: JSON-serialisable; comes back from `restore`.
       keep: how many newest steps stay; None keeps all. Older ones go only after this one is committed.
-      wait: with False the result is a `Pending`; wait for it before the next save and at the end.
+      wait: with False the result is a `Pending`; wait for it before the next save and at the end. With several
+        processes its end says nothing about the others': process 0 commits last.
 
     Raises:
       CheckpointError: disk full, directory not writable; earlier steps are untouched.

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from marc_jax import checkpoint, guard, locks, metrics, optim
 from marc_jax.interrupt import Interrupt
@@ -85,10 +87,11 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
         metrics.Writer(workdir, name, resume_step=begin) as writer,
         metrics.Progress(name, total=pace.steps, start=begin) as progress,
         ThreadPoolExecutor(1) as ahead,
+        _Saving(folder, pace.keep) as saving,
     ):
         coming = ahead.submit(draw, begin)
         rows = [{key: tuple(pair) for key, pair in saved.get("metrics", {}).items()}]  # since the last line of the log
-        checked = functools.partial(_checked, folder=folder, samples=samples, skip=pace.skip)
+        checked = functools.partial(_checked, folder=folder, samples=samples, skip=pace.skip, settle=saving.settle)
         unchecked = {}  # metrics of steps that nobody has looked at yet
         for step in range(begin, pace.steps):
             batch = coming.result()
@@ -110,7 +113,8 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
             if saves:
                 checked({step + 1: _soundness(state)})
                 told = {"stage": name, **meta, "metrics": metrics.merge(*rows)}
-                checkpoint.save(folder, step + 1, state, told, keep=pace.keep)
+                saving.save(step + 1, state, told, wait=last or asked)
+            saving.check()
             if asked:
                 stop.stop(step + 1)
     return state, time.monotonic() - started
@@ -141,8 +145,49 @@ def _soundness(state: TrainState) -> dict:
     return {path: jnp.where(jnp.isfinite(x).all(), 1.0, jnp.nan) for path, x in floats.items()}
 
 
-def _checked(values: dict[int, dict], folder: Path, samples: Callable | None, skip: int) -> list[dict]:
-    """The metrics of these steps, on the host; of one that was held back, only that. NonFiniteError as `fit` says."""
+class _Saving:
+    """The checkpoints of a stage, written while it trains on: one at a time, and nothing is left open at its end."""
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder, self._keep, self._pending = folder, keep, None
+
+    def save(self, step: int, state: TrainState, meta: dict, wait: bool) -> None:
+        """Copies the state to the host, after the copy before it is on the disk: the host holds one at most."""
+        self.wait()
+        self._pending = checkpoint.save(self._folder, step, state, meta, keep=self._keep, wait=wait)
+
+    def check(self) -> None:
+        """Raises CheckpointError where the last save has failed meanwhile."""
+        if self._pending is not None:
+            self._pending.check()
+
+    def wait(self) -> None:
+        """Until what was saved is committed. Raises CheckpointError where it never will be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+    def settle(self) -> None:
+        """As `wait`, where another error is on its way: a save that failed is only told."""
+        try:
+            self.wait()
+        except checkpoint.CheckpointError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.wait() if kind is None else self.settle()
+
+
+def _checked(
+    values: dict[int, dict], folder: Path, samples: Callable | None, skip: int, settle: Callable
+) -> list[dict]:
+    """The metrics of these steps, on the host; of one that was held back, only that. NonFiniteError as `fit` says.
+
+    `settle` waits for a save under way: it counts among the steps on disk.
+    """
     rows = []
     for step, row in jax.device_get(values).items():
         held, in_a_row = int(row.pop("held", -1)), int(row.pop("in_a_row", 0))
@@ -160,6 +205,8 @@ def _checked(values: dict[int, dict], folder: Path, samples: Callable | None, sk
             _tell(folder.parent / "skipped.jsonl", json.dumps(told) + "\n", "a")
             rows.append({"skipped": (1.0, 1.0)})
             continue
+        settle()
+        multihost_utils.sync_global_devices(f"settled_{step}")  # process 0 commits last, and must not be left before
         path, good = folder.parent / "nonfinite.json", checkpoint.steps(folder)
         _tell(path, json.dumps(told, indent=1) + "\n", "w")
         note = f" (all of it in {path})" if jax.process_index() == 0 else ""

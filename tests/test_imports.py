@@ -11,7 +11,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 
 FOUNDATION = (
     "marc_jax.config", "marc_jax.files", "marc_jax.guard", "marc_jax.locks", "marc_jax.manifest", "marc_jax.optim",
-    "marc_jax.paths", "marc_jax.streamed",
+    "marc_jax.paths", "marc_jax.pending", "marc_jax.streamed",
 )  # fmt: skip
 PURE = (
     "marc_jax.models.rope",
@@ -160,7 +160,7 @@ def test_pure_maths_know_only_each_other(name):
 def test_the_foundation_imports_no_models_rl_or_data():
     names = modules(
         *(f"marc_jax/{n}" for n in "sharding optim state checkpoint metrics config manifest interrupt".split()),
-        *("marc_jax/paths", "marc_jax/streamed"),
+        *("marc_jax/paths", "marc_jax/pending", "marc_jax/streamed"),
     )
     allowed = (*FOUNDATION, "marc_jax.sharding")
     for module, path in names.items():

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +192,78 @@ def test_the_old_state_gives_its_memory_to_the_new_one(tmp_path):
     again = loop.fit("toy", tmp_path / "given", begin, draw, donating, more)[0]  # from step 6
     assert all(x.is_deleted() for x in jax.tree.leaves(begin)) and int(again.step) == 8
     np.testing.assert_array_equal(again.params["w"], fit(tmp_path / "kept", more).params["w"])
+
+
+def test_training_goes_on_while_a_step_is_written(tmp_path, monkeypatch):
+    """The manifest of step 2 waits for step 4 to be trained; a loop that waited for the disk would never get there.
+
+    The steps take the memory of what is being written, and what is written is of step 2 all the same.
+    """
+    trained, waited, write, begin = threading.Event(), [], manifest.write, fresh()
+    donating = stage_parts.jit(step_fn, begin)
+
+    def slow(folder, contents):
+        if contents["step"] == 2:
+            waited.append(trained.wait(60))
+        return write(folder, contents)
+
+    def step(now, batch):
+        now, values = donating(now, batch)
+        if int(now.step) == 4:
+            trained.set()
+        return now, values
+
+    monkeypatch.setattr(manifest, "write", slow)
+    pace = dataclasses.replace(PACE, keep=3)
+    last = loop.fit("toy", tmp_path, begin, draw, step, pace)[0]
+    assert waited == [True] and checkpoint.steps(tmp_path / "toy/checkpoints") == [2, 4, 6]
+    monkeypatch.undo()
+    for path in ("step_00000004", "step_00000006"):
+        shutil.rmtree(tmp_path / "toy/checkpoints" / path)
+    np.testing.assert_array_equal(fit(tmp_path).params["w"], last.params["w"])
+
+
+def broken_disk(folder, contents):
+    raise OSError(28, "No space left on device", str(folder))
+
+
+def test_a_save_that_fails_in_the_background_ends_the_stage_at_the_next_step(tmp_path, monkeypatch):
+    steps = []
+
+    def step(now, batch):
+        steps.append(int(now.step) + 1)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
+        return step_fn(now, batch)
+
+    monkeypatch.setattr(manifest, "write", broken_disk)
+    with pytest.raises(checkpoint.CheckpointError, match="step 2, was not saved: no space left on the disk") as e:
+        fit(tmp_path, loop.Pace(steps=20, save_every=2), step_fn=step)
+    assert e.value.exit_code == 1 and steps[-1] in (2, 3)
+    assert os.listdir(tmp_path / "toy/checkpoints") == []
+
+
+def test_beside_another_error_a_save_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    died = threading.Event()
+
+    def step(now, batch):
+        if int(now.step) == 2:
+            died.set()
+            raise RuntimeError("the decoder died")
+        return step_fn(now, batch)
+
+    monkeypatch.setattr(manifest, "write", lambda *told: (died.wait(60), broken_disk(*told)))
+    with pytest.raises(RuntimeError, match="the decoder died"):
+        fit(tmp_path, step_fn=step)
+    assert "warning: checkpoint" in (said := capsys.readouterr().err)
+    assert "step 2, was not saved: no space left on the disk" in said
+
+
+def test_what_is_being_written_when_a_number_breaks_is_written_whole_and_told(tmp_path, monkeypatch):
+    write = manifest.write
+    monkeypatch.setattr(manifest, "write", lambda *told: (time.sleep(0.5), write(*told)))
+    pace, what = loop.Pace(steps=6, log_every=1, save_every=2), {"loss": (jnp.float32(np.nan), 4.0)}
+    with pytest.raises(metrics.NonFiniteError, match="^step 3: .*; step 2 in .* is intact"):
+        fit(tmp_path, pace, broken_at(3, values=what))
+    assert checkpoint.latest(tmp_path / "toy/checkpoints") == 2
