@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,19 @@ _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsaf
 
 # What Orbax raises is said in one line by whoever calls; its threads would log the same with a long stack trace each.
 logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+
+def _but_late_results(hook):
+    """`hook` for all but what TensorStore's threads bring to an event loop that Orbax left at the first error."""
+
+    def heard(told):
+        if not (isinstance(told.exc_value, RuntimeError) and str(told.exc_value) == "Event loop is closed"):
+            hook(told)
+
+    return heard
+
+
+sys.unraisablehook = _but_late_results(sys.unraisablehook)
 
 
 class CheckpointError(UserError):

@@ -321,6 +321,18 @@ def test_a_really_full_disk(tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
+def test_what_comes_late_of_a_save_that_failed_is_no_stack_trace():
+    code = (
+        "from marc_jax import checkpoint\n"
+        "class Late:\n"
+        "    def __init__(self, text):\n        self.text = text\n"
+        "    def __del__(self):\n        raise RuntimeError(self.text)\n"
+        "Late('Event loop is closed'), Late('something else')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "something else" in done.stderr and "closed" not in done.stderr
+
+
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
