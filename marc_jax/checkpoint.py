@@ -36,6 +36,7 @@ from marc_jax.paths import unflatten
 from marc_jax.pending import Pending
 
 _LARGEST_LIST = 5
+_SLOWEST_SAVE = 4 * 3600  # seconds; Orbax's 20 minutes are short for 100 GB on a slow disk, now that nobody waits
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
@@ -100,7 +101,8 @@ def save(
             (partial / "meta.json").write_text(text, encoding="utf-8")
         _barrier(f"checkpoint_{step}_begin")
         lazy = [x for x in leaves.values() if isinstance(x, streamed.Streamed)]
-        writer = ocp.AsyncCheckpointer(streamed.handler() if lazy else ocp.PyTreeCheckpointHandler())
+        handler = streamed.handler() if lazy else ocp.PyTreeCheckpointHandler()
+        writer = ocp.AsyncCheckpointer(handler, timeout_secs=_SLOWEST_SAVE)
         nested = unflatten({path: _raw(x) for path, x in leaves.items()})
         writer.save(partial / "tree", args=ocp.args.PyTreeSave(nested))
 

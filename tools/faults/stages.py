@@ -41,12 +41,12 @@ def disturbed(folder: pathlib.Path, count: int, seed: int = 0) -> list[drill.Out
                 time.sleep(0.02)
             time.sleep(rng.uniform(0.0, 0.5))
             left = count - dead.attempts - stopped.attempts - sum(done.values())
-            if left <= 0 or _steps(workdir).get(STAGES[-1], [0])[-1] == STEPS or process.poll() is not None:
+            if left <= 0 or _finished(workdir) or process.poll() is not None:
                 break
             before = _steps(workdir)
             if sum(done.values()) % 2:
                 done[stopped.fault] += 1
-                problem, seconds = _stop(process)
+                problem, seconds = _stop(process, workdir)
                 slowest = max(slowest, seconds)
             else:
                 done[dead.fault] += 1
@@ -90,11 +90,16 @@ def _start(folder: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
     )
 
 
-def _stop(process: subprocess.Popen) -> tuple[str | None, float]:
+def _stop(process: subprocess.Popen, workdir: pathlib.Path) -> tuple[str | None, float]:
+    """SIGTERM: stopped with a word, or at its end already when the signal came; and how long that took."""
     process.send_signal(signal.SIGTERM)
     code, err, seconds = drill.ended(process, kills.GRACE)
-    well = code == 0 and "which is saved" in err
+    well = code == 0 and ("which is saved" in err or _finished(workdir))
     return None if well else f"SIGTERM: exit code {code}: {err[-300:]}", seconds
+
+
+def _finished(workdir: pathlib.Path) -> bool:
+    return _steps(workdir).get(STAGES[-1], [0])[-1] == STEPS
 
 
 def _steps(workdir: pathlib.Path) -> dict[str, list[int]]:
