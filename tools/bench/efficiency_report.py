@@ -54,14 +54,20 @@ def title(way: str) -> str:
 
 
 def most_lower(row: dict, way: str, answer: int) -> float:
-    """Per cent: the ceiling of a cold way, patchify, vision and prefill for nothing; with key frames reading too.
+    """Per cent: the ceiling of a cold way, patchify, vision and prefill for nothing.
 
-    Reading then costs what opening the file does.
+    With key frames reading costs the share of the pictures that still has to be decoded.
     """
-    total = end_to_end(row, "uncompressed", answer)
-    if way != "key frames":
-        return 100 * (1 - 1 / if_free(row, TOUCHED, answer))
-    return lower(min(total, row["bounds"]["open_ms"] + stages_of(row, "uncompressed", answer)["decode"]), total)
+    least = end_to_end(row, "uncompressed", answer) / if_free(row, TOUCHED, answer)
+    if way == "key frames":
+        least -= (1 - decoded_share(row)) * row["stages"]["uncompressed"]["open + decode"]
+    return lower(least, end_to_end(row, "uncompressed", answer))
+
+
+def decoded_share(row: dict) -> float:
+    """Pictures decoded for the look and the chosen events, of those for all sampled frames."""
+    said = row["bounds"]
+    return (said["key_frames"] + said["decoded_of_chosen"]) / said["decoded"]
 
 
 def cells(*values) -> str:
@@ -155,12 +161,12 @@ def reading(row: dict) -> list[str]:
     ]
     if "key frames" not in row["stages"]:
         return ["".join(said_of) + "; key frames are too sparse for a first look."]
-    share = (said["key_frames"] + said["decoded_of_chosen"]) / said["decoded"]
     spent = [
         sum(row["stages"][way].get(stage, 0.0) for stage in ("look", *HOST)) for way in ("uncompressed", "key frames")
     ]
     said_of += [
-        f", {said['key_frames']} for the look and {said['decoded_of_chosen']:,} for the chosen events: {share:.0%}.",
+        f", {said['key_frames']} for the look and {said['decoded_of_chosen']:,} for the chosen events:"
+        f" {decoded_share(row):.0%}.",
         f" Reading (look, open + decode, patchify) takes {spent[0]:,.4g} and {spent[1]:,.4g} ms,",
         f" opening {said['open_ms']:.3g} ms.",
     ]
