@@ -101,8 +101,8 @@ def students(c) -> tuple[str, ...]:
     def distill(name: str, view: str = "marc", steps: int = SHORT, **more) -> None:
         stage(name, "distill", steps, 7e-4, view, **{"group": 4, "divergence": "forward", **more})
 
-    def cgrpo(name: str, init: str, **more) -> None:
-        stage(name, "cgrpo", GRPO_STEPS, 3e-4, **{"init": init, "group": 8, "beta": 0.02, **more})
+    def cgrpo(name: str, init: str, rate: float = 3e-4, **more) -> None:
+        stage(name, "cgrpo", GRPO_STEPS, rate, **{"init": init, "group": 8, "beta": 0.02, **more})
 
     with_order = {"types": TRAINED + ("order",)}  # where more than one patch is read
     sft("sft_early", SHORT)
@@ -133,6 +133,9 @@ def students(c) -> tuple[str, ...]:
     cgrpo("cgrpo_tau4", "sft_early", tau=0.4)
     cgrpo("cgrpo_tau8", "sft_early", tau=0.8)
     cgrpo("cgrpo_late", "sft")
+    cgrpo("cgrpo_slow", "sft_early", 1e-4)
+    cgrpo("cgrpo_1k", "sft_1k", records=1024)
+    cgrpo("cgrpo_distilled", "distill")
     distill("distill_late", init="sft_early")
     return tuple(names)
 
@@ -177,6 +180,9 @@ LABELS = {
     "cgrpo_tau4": "C-GRPO from early SFT, tau 0.4",
     "cgrpo_tau8": "C-GRPO from early SFT, tau 0.8",
     "cgrpo_late": "C-GRPO from converged SFT",
+    "cgrpo_slow": "C-GRPO from early SFT, a third of the learning rate",
+    "cgrpo_1k": "C-GRPO from SFT on 1,024 labels, on the same ones",
+    "cgrpo_distilled": "C-GRPO from the distilled student",
     "distill": f"on-policy distillation, no labels, forward KL, {DISTILL_STEPS:,} steps",
     "distill_short": f"on-policy distillation, no labels, forward KL, {SHORT} steps",
     "distill_reverse": f"distillation, {SHORT} steps, reverse KL",
@@ -227,6 +233,12 @@ DIFFERENCES = (
     ("cgrpo_early", "sft_on", "C-GRPO against SFT continued for about its time"),
     ("cgrpo", "untrained", "C-GRPO from the teacher's weights against its start"),
     ("cgrpo_late", "sft", "C-GRPO from converged SFT against its start"),
+    ("cgrpo_slow", "sft_early", "C-GRPO at a third of the learning rate against early SFT, its start"),
+    ("cgrpo_1k", "sft_1k", "C-GRPO on 1,024 labels against SFT on them, its start"),
+    ("cgrpo_distilled", "distill", "C-GRPO from the distilled student against its start"),
+    ("distill_late", "sft_early", "distillation from early SFT against its start"),
+    ("distill_late", "distill_short", "distillation from early SFT against distillation from the teacher's weights"),
+    ("distill_short", "sft_4k", "distillation without labels against SFT on 4,096 labels"),
     ("cgrpo_early", "cgrpo_alpha0", "retention reward (alpha 0.3 against 0), divided by the group's std"),
     ("cgrpo_none", "cgrpo_none_alpha0", "retention reward (alpha 0.3 against 0), not divided"),
     ("cgrpo_none", "cgrpo_early", "C-GRPO: no division by the std"),
