@@ -62,8 +62,12 @@ class Interrupt:
         return bool(received)
 
     def stop(self, step: int) -> None:
-        """Raises `Stopped` after the state of `step` was saved: exit code 0 after SIGTERM, 130 after Ctrl-C."""
-        raise Stopped(f"stopped after step {step}, which is saved", 130 if self.received == signal.SIGINT else 0)
+        """Raises `Stopped` after the state of `step` was saved: exit code 0 after SIGTERM, 130 after Ctrl-C.
+
+        Step 0 is the beginning, of which there is nothing to save.
+        """
+        where = f"after step {step}, which is saved" if step else "before the first step of a stage"
+        raise Stopped(f"stopped {where}", 130 if self.received == signal.SIGINT else 0)
 
     def _handle(self, number: int, _frame) -> None:
         self.received = self.received or number

@@ -54,7 +54,8 @@ def fit(
       draw: step -> batch, a function of the step number alone, so a resumed run repeats and skips nothing; the next
         batch is drawn in a thread while the device computes.
       step_fn: (state, batch) -> (state, metrics dict).
-      stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`.
+      stop: signal handler; when it asks, the loop saves at the step border and raises `config.Stopped`; where it has
+        asked before the first step, that is not begun.
       meta: stored beside the arrays (the config, the stage it started from).
       samples: step as for `draw` -> {sample id: what it is made of, JSON-serialisable}, asked when a step went wrong.
 
@@ -93,6 +94,8 @@ def _fit(name, workdir, state, draw, step_fn, pace: Pace, stop: Interrupt | None
         rows = [{key: tuple(pair) for key, pair in saved.get("metrics", {}).items()}]  # since the last line of the log
         checked = functools.partial(_checked, folder=folder, samples=samples, skip=pace.skip, settle=saving.settle)
         unchecked = {}  # metrics of steps that nobody has looked at yet
+        if stop is not None and stop.requested():  # since the stage before: the first step may compile for minutes
+            stop.stop(begin)
         for step in range(begin, pace.steps):
             batch = coming.result()
             if step + 1 < pace.steps:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import threading
 import time
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marc_jax import checkpoint, locks, loop, manifest, metrics, optim, stage_parts, state
+from marc_jax import checkpoint, config, interrupt, locks, loop, manifest, metrics, optim, stage_parts, state
 
 TX = optim.make({"learning_rate": 0.1, "schedule": "constant"}, 10)
 PACE = loop.Pace(steps=6, log_every=2, save_every=2)
@@ -192,6 +193,16 @@ def test_the_old_state_gives_its_memory_to_the_new_one(tmp_path):
     again = loop.fit("toy", tmp_path / "given", begin, draw, donating, more)[0]  # from step 6
     assert all(x.is_deleted() for x in jax.tree.leaves(begin)) and int(again.step) == 8
     np.testing.assert_array_equal(again.params["w"], fit(tmp_path / "kept", more).params["w"])
+
+
+def test_who_is_asked_to_stop_before_the_first_step_does_not_begin_it(tmp_path):
+    stop = interrupt.Interrupt()
+    stop.received = signal.SIGTERM
+    with pytest.raises(config.Stopped, match="^stopped before the first step of a stage$"):
+        fit(tmp_path, step_fn=None, stop=stop)
+    fit(tmp_path, dataclasses.replace(PACE, steps=4))
+    with pytest.raises(config.Stopped, match="^stopped after step 4, which is saved$"):
+        fit(tmp_path, step_fn=None, stop=stop)
 
 
 def test_training_goes_on_while_a_step_is_written(tmp_path, monkeypatch):

@@ -94,8 +94,9 @@ def signalled(folder: pathlib.Path, count: int, seed: int = 0) -> drill.Outcome:
         slowest = max(slowest, seconds)
         problem = None if code == 0 else f"exit code {code}: {err[-300:]}"
         if problem is None and drill.final(process) is None:
-            step = drill.steps(workdir)[-1]
-            problem = None if f"stopped after step {step}, which is saved" in err else f"no clear message: {err[-300:]}"
+            saved = drill.steps(workdir)
+            words = f"after step {saved[-1]}, which is saved" if saved else "before the first step"
+            problem = None if f"stopped {words}" in err else f"no clear message: {err[-300:]}"
             process = drill.toy(workdir, *STEPS)
             code, err, _ = drill.ended(process)
             problem = problem or (f"exit code {code}: {err[-300:]}" if code else None)

@@ -94,7 +94,7 @@ def _stop(process: subprocess.Popen, workdir: pathlib.Path) -> tuple[str | None,
     """SIGTERM: stopped with a word, or at its end already when the signal came; and how long that took."""
     process.send_signal(signal.SIGTERM)
     code, err, seconds = drill.ended(process, kills.GRACE)
-    well = code == 0 and ("which is saved" in err or _finished(workdir))
+    well = code == 0 and ("\nstopped " in err or _finished(workdir))
     return None if well else f"SIGTERM: exit code {code}: {err[-300:]}", seconds
 
 
