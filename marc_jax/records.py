@@ -100,7 +100,8 @@ class Records:
                     f"set max_length to {longest}, or read fewer frames or tokens of each"
                 )
             rows = packing.best_fit_decreasing(lengths_n, max_length, max_segments)
-            self._packs[key] = Packs(rows, max(map(len, rows)), max(int(targets_n[list(row)].sum()) for row in rows))
+            targets = max(int(targets_n[list(row)].sum()) for row in rows)
+            self._packs[key] = Packs(rows, max(map(len, rows)), targets, int(lengths_n.sum()))
         return self._packs[key]
 
     def _lengths(self, views: Iterable[View]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,11 +182,19 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Packs:
-    """Questions that lie in one row each: their numbers, the most of a row, the most tokens of a row's answers."""
+    """Which questions lie in one row.
+
+    Attributes:
+      rows: numbers of the questions in each.
+      segments: most questions of a row.
+      targets: most tokens of the answers in a row.
+      tokens: of all questions, at most.
+    """
 
     rows: list[tuple[int, ...]]
     segments: int
     targets: int
+    tokens: int
 
 
 def bucket(count: int, buckets: Sequence[int]) -> int:

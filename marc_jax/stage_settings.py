@@ -83,7 +83,7 @@ def stage(kind: str) -> ConfigDict:
     }  # fmt: skip
     c = ConfigDict(common | {
         "sft": trained | {
-            "questions": 1, "blind": 0.0, "packing": False, "max_length": 4096, "max_segments": 8,
+            "questions": 1, "blind": 0.0, "packing": False, "max_length": 4096, "max_segments": 16,
         },
         "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged | {"on_policy": True, "divergence": "reverse", "mix": 0.5, "top_k": 0},
