@@ -263,7 +263,10 @@ def put_between(path: Path, name: str, new: str) -> None:
 
 
 def draw_pareto(packed: Packed, config, path: Path) -> None:
-    """Accuracy against tokens of every arm; named are those that none beats with fewer tokens, and every student."""
+    """Accuracy against tokens of every arm.
+
+    Named are those that none beats with fewer tokens, and every student whose name has room beside its point.
+    """
     theme, fig = plots.LIGHT, plots.figure(8.4, 5.4, plots.LIGHT)
     ax = fig.add_axes((0.075, 0.1, 0.9, 0.87))
     plots.style(ax, theme, "both")
@@ -271,17 +274,17 @@ def draw_pareto(packed: Packed, config, path: Path) -> None:
     for key in (key for key in config.eval.arms if packed.seeds(key)):
         found = accuracy(packed, key, without=tuple(config.eval.apart))
         points.append((max(tokens(packed, key), 1.0), found["mean"], key, found["ci95"]))
-    best, stairs, last = -1.0, [], {}
+    best, stairs, named = -1.0, [], []
     for x, y, key, ci95 in sorted(points, key=lambda point: (point[0], -point[1])):
         group = config.eval.arms[key].group
         ax.plot([x, x], ci95, color=theme[group], linewidth=1.2, alpha=0.6)
         ax.plot(x, y, "o", color=theme[group], markersize=5, markeredgecolor=theme["bg"])
+        room = all(abs(y - other) >= 2.2 or not 0.55 < x / at < 1.8 for at, other in named)
+        if y > best or (group == "student" and room):
+            named.append((x, y))
+            ax.annotate(key, (x, y), (5, -3), textcoords="offset points", fontsize=7, color=theme["fg"])
         if y > best:
             best, stairs = y, [*stairs, (x, y)]
-        if y == best or group == "student":
-            height = min(y, last.get(round(x, 1), 200.0) - 2.6)  # below the last name at as many tokens
-            last[round(x, 1)] = height
-            ax.annotate(key, (x, height), (5, -3), textcoords="offset points", fontsize=7, color=theme["fg"])
     ax.step(*zip(*stairs, strict=True), where="post", color=theme["muted"], linewidth=1.0, alpha=0.6, zorder=1)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
