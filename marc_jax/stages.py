@@ -68,7 +68,10 @@ def samples(run: Run, name: str, number: int) -> dict[str, dict]:
 
 
 def sft(run: Run, name: str, begun: parts.Begun, view: views.View) -> tuple[Callable, Callable]:
-    """(draw, learn) through one view. Questions about one video share the prompt up to its last visual token."""
+    """(draw, learn) through one view. Questions about one video share the prompt up to its last visual token.
+
+    With `packing` those of several videos lie end to end in a row; what is drawn is the same, one question per video.
+    """
     stage, most, g = run.config[name], run.sizes.event, run.config[name].questions
     make, many = step.make_sft_step, {"micro_batches": stage.micro_batches, **run.binding}
     if stage.packing:

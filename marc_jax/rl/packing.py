@@ -74,9 +74,7 @@ def best_fit_decreasing(lengths_n, max_length: int, max_segments: int) -> list[t
     return [tuple(row) for row in rows]
 
 
-def lay(
-    prompt: PromptBatch, visual: int, tokens_bgr, mask_bgr, train_bgr, segments: int, max_length: int
-) -> Rows:  # fmt: skip
+def lay(prompt: PromptBatch, visual: int, tokens_bgr, mask_bgr, train_bgr, segments: int, max_length: int) -> Rows:
     """Prompts and their answers end to end, `segments` of them in each row; what is masked is left out.
 
     Args:
@@ -114,9 +112,7 @@ def lay(
     )  # fmt: skip
 
 
-def token_stats(
-    model, vis_bnd, rows: Rows, targets: int, chunk: int | None = None
-) -> tuple[logprob.TokenStats, jax.Array]:  # fmt: skip
+def token_stats(model, vis_bnd, rows: Rows, targets: int, chunk: int | None = None):
     """(TokenStats [B, targets], mask [B, targets]) of the rows' tokens that are trained on. Differentiable.
 
     Args:
