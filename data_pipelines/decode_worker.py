@@ -39,6 +39,8 @@ def pack(sampling: dict) -> dict:
             packed["resize"]["fields"] = dataclasses.asdict(resize)
     if packed.get("limits") is not None:
         packed["limits"] = dataclasses.asdict(packed["limits"])
+    if packed.get("rows") is not None:
+        packed["rows"] = np.asarray(packed["rows"]).tolist()
     return packed
 
 
@@ -56,8 +58,8 @@ def unpack(packed: dict) -> dict:
     return sampling
 
 
-def _shared(frames: np.ndarray, seconds: np.ndarray, index: np.ndarray) -> int:
-    """A file descriptor of anonymous memory that holds the three arrays one after the other."""
+def _shared(*arrays: np.ndarray) -> int:
+    """A file descriptor of anonymous memory that holds the arrays one after the other."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("frames")
     else:  # a file without a name does the same on other systems
@@ -65,7 +67,7 @@ def _shared(frames: np.ndarray, seconds: np.ndarray, index: np.ndarray) -> int:
             fd = os.dup(file.fileno())
     try:
         with open(fd, "wb", closefd=False) as memory:
-            for array in (frames, seconds, index):
+            for array in arrays:
                 memory.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
         os.lseek(fd, 0, os.SEEK_SET)  # the place in a file is shared with who receives it
     except BaseException:
@@ -98,9 +100,10 @@ def _answer(decode, request: dict, memory: int) -> tuple[dict, list[int]]:
         os.lseek(2, 0, os.SEEK_SET)
         clip = decode(path, **sampling)
         warnings = _heard()
-        fd = _shared(clip.frames, np.asarray(clip.seconds, np.float64), np.asarray(clip.index, np.int64))
-        info = dataclasses.asdict(clip.info)
-        return {"shape": clip.frames.shape, "info": info, "warnings": warnings}, [fd]
+        numbers = [np.asarray(x, np.int64) for x in (clip.index, clip.shown) if x is not None]
+        fd = _shared(clip.frames, np.asarray(clip.seconds, np.float64), *numbers)
+        told = {"shape": clip.frames.shape, "info": dataclasses.asdict(clip.info), "warnings": warnings}
+        return told | {"shown": clip.shown is not None}, [fd]
     except VideoError as error:
         return {"error": error.reason}, []
     except MemoryError:

@@ -11,79 +11,23 @@ clip.
 """
 
 import bisect
+import copy
 import itertools
-import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, VideoInfo, check_file
+from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, check_file
+from data_pipelines.opencv_reader import OpenCVReader
+from data_pipelines.reader import ANNOUNCES, Reader, quarter_turns
 
 # Damage is an error, not a picture patched from its neighbours; checksums are compared where a format has them.
 _STRICT = "crccheck+bitstream+buffer+explode"
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
 _WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
-_ANNOUNCES = (MOV, "avi", "gif")  # containers whose header counts the frames exactly
 
 
-def _quarter_turns(degrees: int) -> int:
-    """Counter-clockwise quarter turns; angles that are no multiple of 90 (broken headers) turn nothing."""
-    return int(degrees) // 90 % 4 if degrees % 90 == 0 else 0
-
-
-class _Reader:
-    """Common part: `info`, `times` (seconds [T] from the first frame on, increasing), `decode(indices)`."""
-
-    def __init__(self, path, limits: Limits):
-        self.path, self.limits = os.fspath(path), limits
-        self._deadline = time.monotonic() + limits.decode_seconds
-
-    def _finish(self, width, height, times, fps, codec, turns):
-        self._check_size(width, height)
-        if width <= 0 or height <= 0:
-            raise VideoError(self.path, "the video stream has no picture size")
-        self._check_count(len(times))
-        span = float(times[-1])
-        measured = (len(times) - 1) / span if span > 0 else 0.0
-        if not fps or fps <= 0 or (measured and abs(measured - fps) > 0.1 * fps):
-            fps = measured or 1.0
-        duration = span + 1.0 / fps
-        if duration > self.limits.max_seconds:
-            raise VideoError(self.path, f"{duration:.0f} s are over the limit of {self.limits.max_seconds:.0f} s")
-        if turns % 2:
-            width, height = height, width
-        self.times, self._turns = times, turns
-        self.info = VideoInfo(width, height, float(fps), len(times), duration, codec, turns * 90)
-
-    def _check_size(self, width, height):
-        if width * height > self.limits.max_pixels:
-            raise VideoError(self.path, f"{width}x{height} pixels are over the limit of {self.limits.max_pixels}")
-
-    def _check_count(self, count):
-        if count == 0:
-            raise VideoError(self.path, "the video stream holds no frame")
-        if count > self.limits.max_frames:
-            raise VideoError(self.path, f"more than the limit of {self.limits.max_frames} frames")
-
-    def _check_clock(self):
-        if time.monotonic() > self._deadline:
-            raise VideoError(self.path, f"decoding took longer than {self.limits.decode_seconds:.0f} s")
-
-    def _rotate(self, frame: np.ndarray) -> np.ndarray:
-        return np.rot90(frame, self._turns) if self._turns else frame
-
-    def close(self):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *unused):
-        self.close()
-
-
-class PyAVReader(_Reader):
+class PyAVReader(Reader):
     """FFmpeg through PyAV. One thread for small pictures: starting threads costs more than decoding them."""
 
     def __init__(self, path, limits: Limits = DEFAULT_LIMITS, threads: int | None = None):
@@ -105,6 +49,15 @@ class PyAVReader(_Reader):
         self._pass = self._first = self._packets = None
         for container in self._containers:
             container.close()
+
+    def fork(self, threads: int | None) -> "PyAVReader":
+        """Another reader of this file, to decode beside this one: what is known of the file is not read again."""
+        if self._packets is None:
+            return PyAVReader(self.path, self.limits, threads)
+        other = copy.copy(self)
+        other._threads, other._containers, other._pass, other._first = threads, [], None, None
+        other._container, other._stream = other._open()
+        return other
 
     def _open(self):
         options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers, "err_detect": _STRICT}
@@ -154,7 +107,7 @@ class PyAVReader(_Reader):
         except self._av.FFmpegError as error:
             raise VideoError(self.path, f"damaged: reading stopped after {len(pts)} packets ({_text(error)})") from None
         self._check_count(len(pts))
-        announced = stream.frames if self._demuxers in _ANNOUNCES else 0
+        announced = stream.frames if self._demuxers in ANNOUNCES else 0
         if len(pts) < announced - cut:
             raise VideoError(self.path, f"truncated: announces {announced} frames, holds {len(pts)}")
         self._packets, self._count, self._ticks = packets if keep else None, len(pts), None
@@ -194,7 +147,7 @@ class PyAVReader(_Reader):
         else:
             rate = (stream.average_rate if self._demuxers == "avi" else None) or stream.guessed_rate or 25
             times = np.arange(self._count) / float(rate)
-        turns = _quarter_turns(first.rotation)
+        turns = quarter_turns(first.rotation)
         self._finish(first.width, first.height, times, float(rate or 0), stream.codec_context.name, turns)
 
     def _begin(self) -> "_Pass":
@@ -222,15 +175,46 @@ class PyAVReader(_Reader):
 
     def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (index, uint8 [H, W, 3] RGB, rotated) for the increasing `indices`, in one forward pass."""
+        to_rgb = self._converter()
+        for found, frame in self._find([int(i) for i in indices]):
+            yield found, to_rgb(frame)
+
+    def decode_starts(self, indices) -> Iterator[tuple[int, np.ndarray]]:
+        """`decode` of frames that are all among `starts`: of no packet but theirs, where the decoder can do that."""
+        indices, to_rgb, context = [int(i) for i in indices], self._converter(), self._stream.codec_context
+        places = {frame: rest for frame, *rest in self._entries(self._ordinal())}
+        self._pass = self._first = None  # the decoder is emptied
+        for n, index in enumerate(indices):
+            try:
+                frame = self._alone(context, *places[index])
+            except (KeyError, self._av.FFmpegError):
+                frame = None
+            if frame is None:
+                yield from self.decode(indices[n:])
+                return
+            self._check_clock()
+            yield index, to_rgb(frame)
+
+    def _alone(self, context, place: int, tick: int | None):
+        """The key frame of one packet, or None where another picture comes out, or a damaged one."""
+        if self._packets is None:
+            return None
+        context.flush_buffers()
+        for frame in [*context.decode(self._packets[place]), *context.decode(None)]:
+            if frame.key_frame and tick in (None, frame.pts) and not frame.is_corrupt:
+                return frame
+        return None
+
+    def _converter(self) -> Callable:
+        """frame -> uint8 [H, W, 3] RGB, upright."""
         from av.video.reformatter import VideoReformatter
 
         to_rgb = VideoReformatter().reformat
         turned = self._turns % 2
         width, height = (self.info.height, self.info.width) if turned else (self.info.width, self.info.height)
-        for found, frame in self._find([int(i) for i in indices]):
-            # One conversion thread: with more, a 56x56 picture spends its time waking them.
-            rgb = to_rgb(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
-            yield found, self._rotate(rgb)
+        # One conversion thread: with more, a 56x56 picture spends its time waking them.
+        size = {"width": width, "height": height, "format": "rgb24", "threads": 1}
+        return lambda frame: self._rotate(to_rgb(frame, **size).to_ndarray())
 
     def _find(self, wanted: list[int]) -> Iterator:
         """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
@@ -322,70 +306,11 @@ class _Pass:
             raise VideoError(reader.path, reason) from None
 
 
-class OpenCVReader(_Reader):
-    """OpenCV's FFmpeg. It reports no damage, so frames are counted; it knows no timestamps ahead, so it reads twice."""
-
-    starts = (0,)  # it does not tell key frames
-
-    def __init__(self, path, limits: Limits = DEFAULT_LIMITS, threads: int | None = None):
-        super().__init__(path, limits)
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # damage is reported by VideoError, not on stderr
-        import cv2
-
-        self._cv2, self._threads = cv2, threads or 1
-        self._full, _, self._demuxers = check_file(path)
-        capture = self._open()
-        size = [int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)]
-        self._check_size(*size)
-        times = []
-        while capture.grab():
-            times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3)
-            self._check_clock()
-            if len(times) > limits.max_frames:
-                break
-        announced = capture.get(cv2.CAP_PROP_FRAME_COUNT) if self._demuxers in _ANNOUNCES else 0
-        self._check_count(len(times))
-        if len(times) < announced:
-            raise VideoError(path, f"damaged: {len(times)} of {announced:.0f} frames decoded")
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        seconds = np.asarray(times) - times[0]
-        if self._demuxers == "avi" or (len(times) > 1 and not (np.diff(seconds) > 0).all()):
-            seconds = np.arange(len(times)) / (rate if rate > 0 else 25.0)
-        code = int(capture.get(cv2.CAP_PROP_FOURCC))
-        codec = "".join(chr(code >> 8 * i & 0xFF) for i in range(4)).strip("\0 ")
-        turns = -_quarter_turns(int(capture.get(cv2.CAP_PROP_ORIENTATION_META))) % 4
-        capture.release()
-        self._finish(*size, seconds, rate, codec, turns)
-
-    def _open(self):
-        cv2 = self._cv2
-        capture = cv2.VideoCapture(self._full, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, self._threads])
-        if not capture.isOpened():
-            raise VideoError(self.path, "cannot be opened as video (OpenCV gives no reason)")
-        capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 0)
-        return capture
-
-    def decode(self, indices) -> Iterator[tuple[int, np.ndarray]]:
-        """As `PyAVReader.decode`."""
-        capture, at = self._open(), -1
-        try:
-            for index in (int(i) for i in indices):
-                while at < index and capture.grab():
-                    at += 1
-                    self._check_clock()
-                good, bgr = capture.retrieve() if at == index else (False, None)
-                if not good:
-                    raise VideoError(self.path, f"damaged: {at + 1} of {self.info.num_frames} frames decoded")
-                yield index, self._rotate(self._cv2.cvtColor(bgr, self._cv2.COLOR_BGR2RGB))
-        finally:
-            capture.release()
-
-
 def _text(error) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def open_reader(path, backend: str = "auto", limits: Limits = DEFAULT_LIMITS, threads: int | None = None) -> _Reader:
+def open_reader(path, backend: str = "auto", limits: Limits = DEFAULT_LIMITS, threads: int | None = None) -> Reader:
     """The reader of a file. `auto` is PyAV, or OpenCV where PyAV is not installed; VideoError if it is no video."""
     if backend not in ("auto", "pyav", "opencv"):
         raise ValueError(f"backend {backend!r} is not one of auto, pyav, opencv")

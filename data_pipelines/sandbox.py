@@ -151,7 +151,8 @@ def _clip(path: str, reply: dict, fds: list[int]) -> Clip:
     try:
         height, width = (int(n) for n in reply["shape"][1:3])
         count = int(reply["shape"][0])
-        arrays = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.float64), np.empty(count, np.int64)
+        kinds = [np.float64, np.int64] + [np.int64] * bool(reply["shown"])
+        arrays = [np.empty((count, height, width, 3), np.uint8), *(np.empty(count, kind) for kind in kinds)]
         with open(fds[0], "rb", closefd=False) as memory:
             if sum(memory.readinto(array.reshape(-1).view(np.uint8)) for array in arrays) < sum(
                 array.nbytes for array in arrays
@@ -160,8 +161,8 @@ def _clip(path: str, reply: dict, fds: list[int]) -> Clip:
     finally:
         for fd in fds:
             os.close(fd)
-    frames, seconds, index = arrays
-    return Clip(frames, seconds, VideoInfo(**reply["info"]), index, tuple(reply["warnings"]))
+    frames, seconds, index, *shown = arrays
+    return Clip(frames, seconds, VideoInfo(**reply["info"]), index, tuple(reply["warnings"]), *shown)
 
 
 class Pool:

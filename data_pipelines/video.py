@@ -6,21 +6,23 @@ The number of frames and their places follow qwen-vl-utils 0.0.14 (fps 2, at lea
 included); a variable frame rate is sampled by its timestamps, never by counting frames.
 """
 
-import concurrent.futures
 import dataclasses
-import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines import stretches
 from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo, check_sha256
 from data_pipelines.decoders import open_reader
-from data_pipelines.patches import VideoBudget, resize_frames
+from data_pipelines.patches import VideoBudget
 
 __all__ = [
     "Clip", "Limits", "VideoError", "VideoInfo", "probe", "read_folder", "read_frames", "read_image", "sample_indices",
 ]  # fmt: skip
+
+
+FEWEST_KEYS = 4  # key frames of a first look; with fewer there is nothing to choose from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Clip:
       info: the whole file's size, rate, length, codec.
       index: int64 [T]; each frame's number in the file, from 0.
       warnings: what the decoder complained of though it returned every frame; only `sandbox` hears it.
+      shown: int64 [T]; where key frames stand for the frames at `index` (`read_frames(keys_within=...)`), their
+        numbers; else None.
     """
 
     frames: np.ndarray
@@ -40,6 +44,7 @@ class Clip:
     info: VideoInfo
     index: np.ndarray
     warnings: tuple[str, ...] = ()
+    shown: np.ndarray | None = None
 
     @property
     def seconds_per_patch(self) -> float:
@@ -135,6 +140,9 @@ def read_frames(
     threads: int | None = None,
     parts: int = 1,
     sha256: str | None = None,
+    rows: Sequence[int] | None = None,
+    keys_within: float | None = None,
+    keys_side: int = 224,
 ) -> Clip:
     """Reads frames of a video file in one forward pass.
 
@@ -151,6 +159,10 @@ def read_frames(
         more than one where a single file is waited for. The same frames.
       sha256: of the file's content [hexadecimal]. Most codecs have no checksum, so a flipped bit may decode to a wrong
         picture; with the hash every change is an error.
+      rows: take these alone of the frames that would be taken, increasing from 0 on; the same frames.
+      keys_within: a first look that decodes key frames alone. Where none of the frames to take is more than so many
+        seconds after its key frame, and `FEWEST_KEYS` differ, the key frame at or before each stands for it, squashed
+        to keys_side x keys_side; `Clip.shown` has their numbers. Otherwise as without.
 
     Returns:
       A Clip of an even number of frames; after an odd number the last is repeated, so one frame gives two.
@@ -158,8 +170,7 @@ def read_frames(
     Raises:
       VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
     """
-    reopen = functools.partial(open_reader, path, backend, limits)
-    with reopen(threads if parts == 1 else threads or 1) as reader:
+    with open_reader(path, backend, limits, threads if parts == 1 else threads or 1) as reader:
         if sha256 is not None:
             check_sha256(path, sha256)
         try:
@@ -177,8 +188,25 @@ def read_frames(
             raise VideoError(path, str(error)) from None
         if len(index) % 2:
             index = np.append(index, index[-1])
-        frames = _collect(reader, index, resize, limits, parts, reopen, threads)
+        if keys_within is not None:
+            shown = stretches.key_frames(reader, index, keys_within)
+            if len(np.unique(shown)) >= FEWEST_KEYS:
+                frames = stretches.collect_keys(reader, shown, keys_side, limits, parts)
+                return Clip(frames, reader.times[index], reader.info, index, shown=shown)
+        count = len(index)
+        if rows is not None:
+            index = _chosen(path, index, rows)
+        frames = stretches.collect(reader, index, resize, limits, parts, threads, count)
         return Clip(frames, reader.times[index], reader.info, index)
+
+
+def _chosen(path, index: np.ndarray, rows) -> np.ndarray:
+    rows = np.asarray(rows, np.int64)
+    if rows.ndim != 1 or not len(rows) or rows[0] < 0 or (np.diff(rows) <= 0).any():
+        raise ValueError("rows are not numbers that increase from 0 on")
+    if rows[-1] >= len(index):
+        raise VideoError(path, f"row {rows[-1]} is asked for, {len(index)} frames are taken")
+    return index[rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,62 +252,7 @@ def read_folder(
     if len(index) % 2:
         index = np.append(index, index[-1])
     reader = _Pictures(os.fspath(path), names, info, limits)
-    return Clip(_collect(reader, index, resize, limits), times[index], info, index)
-
-
-_HELD = 1 << 30  # bytes of packets and pictures that the readers of all stretches may hold
-_TAKEN = 8  # frames that are decoded while one is converted to RGB and resized
-
-
-def stretches(starts, wanted: np.ndarray, parts: int) -> list[slice]:
-    """Cuts the wanted frames (increasing) into at most `parts` slices that take about as long to decode.
-
-    A slice begins where decoding can begin, at one of `starts`, so nothing is decoded twice.
-    """
-    starts = np.union1d(starts, 0)
-    entry = np.searchsorted(starts, wanted, side="right") - 1
-    begin = np.flatnonzero(np.diff(entry, prepend=-1))  # the first wanted frame after each start
-    last = np.append(begin[1:], len(wanted)) - 1
-    cost = wanted[last] - starts[entry[begin]] + 1 + _TAKEN * (last - begin + 1)
-    share = (np.cumsum(cost) - cost / 2) / cost.sum() * parts
-    cuts = begin[np.flatnonzero(np.diff(share.astype(int), prepend=-1))]
-    return [slice(int(a), int(b)) for a, b in zip(cuts, [*cuts[1:], len(wanted)], strict=True)]
-
-
-def _collect(reader, index, resize, limits, parts=1, reopen=None, threads=None) -> np.ndarray:
-    height, width = reader.info.height, reader.info.width
-    try:
-        if isinstance(resize, VideoBudget):
-            height, width = resize.size(height, width, len(index))
-        elif resize is not None:
-            height, width = resize(height, width) if callable(resize) else resize
-    except ValueError as error:
-        raise VideoError(reader.path, str(error)) from None
-    if len(index) * height * width * 3 > limits.max_bytes:
-        size = f"{len(index)} frames of {width}x{height}"
-        raise VideoError(
-            reader.path, f"{size} are over the limit of {limits.max_bytes} bytes: use resize or fewer frames"
-        )
-    out = np.empty((len(index), height, width, 3), np.uint8)
-    unique, place, repeats = np.unique(index, return_index=True, return_counts=True)
-
-    def fill(reader, rows: slice):
-        for (_, frame), at, count in zip(reader.decode(unique[rows]), place[rows], repeats[rows], strict=True):
-            out[at : at + count] = frame if resize is None else resize_frames(frame[None], height, width)
-
-    def alone(rows: slice):
-        with reopen(threads or max(1, parts // len(shares))) as own:
-            fill(own, rows)
-
-    if parts == 1:
-        fill(reader, slice(None))
-    else:
-        # Each reader keeps the file's packets, and its decoder up to twenty pictures of 1.5 bytes a pixel.
-        held = os.path.getsize(reader.path) + 30 * reader.info.width * reader.info.height
-        shares = stretches(reader.starts, unique, max(1, min(parts, _HELD // held)))
-        with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(alone, shares))  # the first error in the order of the file is raised
-    return out
+    return Clip(stretches.collect(reader, index, resize, limits), times[index], info, index)
 
 
 def probe(path, *, backend: str = "auto", limits: Limits = DEFAULT_LIMITS) -> VideoInfo:

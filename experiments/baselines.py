@@ -69,19 +69,23 @@ TRAINED = (
 )
 
 
+def at_shares(methods=METHODS, shares=SHARES):
+    """Each method at each share of the tokens: name, label and view of an arm."""
+    for share in shares:
+        percent = round(100 * share)
+        for key, label, view in methods:
+            view = {"select": "all", "method": "keep", "share": share, **view}
+            yield f"{key}_{percent}", f"{label}, {percent} %", view
+
+
 def get_config(run="synthetic"):
     """`run`: whose teacher, "synthetic", "quickstart" or "regimes"; with ",scenic" behind it also the extra's rows."""
     run, *extra = run.split(",")
     c = RUNS[run]()
     methods = METHODS + (SCENIC if extra == ["scenic"] else ())
     arms = ConfigDict({key: c.eval.arms[key] for key in ("teacher", "blind")})
-    for share in SHARES[: 1 if run == "rehearsal" else None]:
-        percent = round(100 * share)
-        for key, label, view in methods:
-            name = f"{key}_{percent}"
-            c.views[name] = {"select": "all", "method": "keep", "share": share, **view}
-            arms[name] = {"stage": "teacher", "view": name, "label": f"{label}, {percent} %"}
-    for name, label, view in SIZED:
+    shares = SHARES[: 1 if run == "rehearsal" else None]
+    for name, label, view in (*at_shares(methods, shares), *SIZED):
         c.views[name] = view
         arms[name] = {"stage": "teacher", "view": name, "label": label}
     for stage, view, label in TRAINED:

@@ -15,20 +15,10 @@ The arms (--arms takes some of them):
 Fixed and adaptive budgets of a checkpoint that was trained at one frame's worth are read by it untrained. Not measured.
 """
 
-from experiments import eval_benchmark
+from experiments import baselines, eval_benchmark
 
 FIXED = (1, 2, 4, 8)
-SHARES = (0.25, 0.1, 0.05)
-METHODS = (
-    ("uniform", "uniform frames", {"select": "uniform"}),
-    ("random", "random tokens", {"method": "random_tokens"}),
-    ("moviechat", "MovieChat merge", {"method": "moviechat"}),
-    ("vidcom2", "VidCom2", {"method": "vidcom2"}),
-    ("evs", "EVS", {"method": "evs"}),
-    ("dtd", "DTD", {"method": "dtd"}),
-    ("fastv", "FastV, after layer 2", {"method": "fastv"}),
-    ("merge", "MARC's merge of the whole video", {"method": "merge", "in_event": 99}),
-)
+SHARED = ("uniform", "random", "moviechat", "vidcom2", "evs", "dtd", "fastv", "merge")  # of the baselines
 
 
 def get_config(benchmark):
@@ -48,10 +38,7 @@ def get_config(benchmark):
     arm("half", "retrieval, 64 tokens", {**retrieved, "tokens": 64})
     arm("quarter", "retrieval, 32 tokens", {**retrieved, "tokens": 32})
     arm("adaptive", "retrieval, adaptive budget", {**retrieved, "keep": max(FIXED), "adaptive": True})
-    for share in SHARES:
-        percent = round(100 * share)
-        for key, label, view in METHODS:
-            view = {"select": "all", "method": "keep", "share": share, **view}
-            arm(f"{key}_{percent}", f"{label}, {percent} %", view, "baseline")
+    for key, label, view in baselines.at_shares([row for row in baselines.METHODS if row[0] in SHARED]):
+        arm(key, label, view, "baseline")
     c.eval.main = "fixed_1"
     return c

@@ -85,6 +85,7 @@ class Archive:
     def __init__(
         self, memory=None, checkpoint: str = "", *, encoder: str = "", pool: str = "", shots: str = "", view: str = "",
         approx: bool = False, decode_seconds: float | None = None, max_new: int | None = None,
+        key_frames: bool = False,
     ):  # fmt: skip
         """Args:
         memory: its folder; None: videos are indexed when they are asked about, and forgotten.
@@ -95,6 +96,8 @@ class Archive:
         approx: search the archive by `lax.approx_max_k`: faster on TPU, and may miss an event (`retrieve.search`).
         decode_seconds: how long decoding one file may take [s]; default that of `Limits`, half an hour.
         max_new: most tokens of an answer; default the run's.
+        key_frames: without a memory, events are found and chosen in a file's key frames, and only the chosen ones are
+          decoded (`Indexer.look`): sooner answered; other events may be chosen than `index` would find.
 
         Raises ConfigError, VideoError, WeightsError, CheckpointError: one line.
         """
@@ -122,6 +125,9 @@ class Archive:
         self.view, self.max_new = self.here.view(view or usual), max_new
         if self.view.select == "retrieve" and self.encoder is None and self.here.retriever is None:
             raise ConfigError(f"view {view or usual!r} retrieves events, which needs {ENCODER}, for index and ask")
+        self.key_frames = key_frames
+        if key_frames and (self.folder or shots or self.encoder is None or self.view.select != "retrieve"):
+            raise ConfigError(f"--key_frames is for a file without --memory and --shots, and retrieves by {ENCODER}")
         self.decode_seconds = decode_seconds or DEFAULT_LIMITS.decode_seconds
         self._hashes: dict[tuple, str] = {}
 
@@ -224,10 +230,15 @@ class Archive:
         if self.folder is None:
             if not video:
                 raise ConfigError("--video=FILE or --memory=FOLDER is required: what is the question about ?")
-            decoded = clock.once("decode", lambda: self.indexer.decode(video, read=self._read))
-            entries = {video: clock.once("vision, events", lambda: self.indexer.encode(decoded))}
+            # A stage whose own tower sees the video wants its frames.
+            decode = self.indexer.look if self.key_frames and not self.answerer.pixels else self.indexer.decode
+            decoded = clock.once("decode", lambda: decode(video, read=self._read))
             clips = {video: decoded.clip}
             query = clock.once("embed question", lambda: self.answerer.embed(question))
+            if decoded.clip.shown is None:
+                entries = {video: clock.once("vision, events", lambda: self.indexer.encode(decoded))}
+            else:
+                entries, clips = {video: self._glimpsed(video, decoded, query, clock)}, None
         else:
             clock.once("memory", self._contents)
             query = clock.once("embed question", lambda: self.answerer.embed(question))
@@ -236,6 +247,15 @@ class Archive:
             if self.answerer.pixels:
                 clips = clock.once("decode", lambda: self.clips(names))
         return self.answerer.answer(question, query, entries, clock, clips)
+
+    def _glimpsed(self, video: str, looked: Decoded, query: np.ndarray, clock: single.Clock) -> store.MemoryEntry:
+        """The memory of a file of which only key frames were looked at: the events for this question alone."""
+        clip, indexer = looked.clip, self.indexer
+        emb = clock.once("events", lambda: indexer.embed_events(clip.frames, looked.spans, clip.shown))
+        chosen = self.answerer.chosen(emb, query)
+        return clock.once(
+            "decode, vision of events", lambda: indexer.encode_events(video, looked, emb, chosen, self._read)
+        )
 
     def clips(self, names: Iterable[str]) -> Mapping[str, Clip]:
         """The sampled frames of videos of the memory. VideoError where a file is gone."""

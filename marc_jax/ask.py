@@ -29,6 +29,7 @@ flags.DEFINE_float("decode_seconds", None, "How long decoding a file may take, d
 flags.DEFINE_string("view", None, "A view of the run's config; default that of the stage.")
 flags.DEFINE_integer("max_new", None, "Most tokens of the answer; default the run's; published: 256.", lower_bound=1)
 flags.DEFINE_bool("approx", False, "Search the archive by lax.approx_max_k: faster on TPU, may miss an event.")
+flags.DEFINE_bool("key_frames", False, "Without a memory: choose events by key frames, decode those alone.")
 flags.DEFINE_string("picture", "ask.html", "Where the picture goes, .html or .png; empty: none.")
 flags.DEFINE_integer("repeat", 1, "How often the question is asked after it has been compiled.", lower_bound=1)
 
@@ -47,7 +48,7 @@ def main() -> None:
     archive = Archive(
         wanted.memory, wanted.checkpoint or "", encoder=wanted.encoder or "", pool=wanted.pool or "",
         shots=wanted.shots or "", view=wanted.view or "", approx=wanted.approx, decode_seconds=wanted.decode_seconds,
-        max_new=wanted.max_new,
+        max_new=wanted.max_new, key_frames=wanted.key_frames,
     )  # fmt: skip
     archive.ask(wanted.question, wanted.video)
     answers = [archive.ask(wanted.question, wanted.video) for _ in range(wanted.repeat)]

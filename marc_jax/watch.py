@@ -10,22 +10,14 @@ preparing what comes next. All of it are metrics of the step; those of the machi
 run's metrics.jsonl is the same wherever and however often it runs.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from marc_jax import metrics
+from marc_jax import hardware, metrics
 from marc_jax.samples import Table
-
-# Dense bfloat16 FLOP/s of one device, as its vendor gives them, by the beginning of JAX's device_kind.
-PEAK = {
-    "NVIDIA H200": 989e12, "NVIDIA H100": 989e12, "NVIDIA A100": 312e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v4": 275e12,
-}  # fmt: skip
 
 
 class Watch:
@@ -46,7 +38,7 @@ class Watch:
         self.folder, self.every, self._samples, self._rows = folder, every, samples, rows
         self._evaluate, self._evaluate_every, self._profile = evaluate, evaluate_every, profile
         self._weights = (0, 0)
-        self._peak = sum(peak_flops(device) for device in jax.devices()) if folder else 0.0
+        self._peak = sum(hardware.peak_flops(device) for device in jax.devices()) if folder else 0.0
         self.step, self._sampled, self._before, self._drawn = 0, 0, None, 0.0
         self._seconds: dict[str, float] = {}
         self._table: Table | None = None
@@ -119,7 +111,7 @@ class Watch:
         if before is None:  # this step alone; it may have compiled
             before = begun
         took = now - before
-        more = {"step_seconds": took, "decode_seconds": self._drawn, "memory_gib": memory_gib()}
+        more = {"step_seconds": took, "decode_seconds": self._drawn, "memory_gib": hardware.peak_gib()}
         if self.measured:
             more |= {f"{phase}_seconds": seconds for phase, seconds in self._seconds.items()}
         work = {name: values.pop(name) for name in ("work/updated", "work/forward") if name in values}
@@ -168,17 +160,3 @@ def multiplied(flat: dict) -> int:
     return sum(
         x.size for path, x in flat.items() if path.startswith("text/") and (tied or "embed" not in path)
     )  # fmt: skip
-
-
-def peak_flops(device) -> float:
-    """Dense bfloat16 FLOP/s of a device; 0 where it is not in the table."""
-    return next((flops for kind, flops in PEAK.items() if device.device_kind.startswith(kind)), 0.0)
-
-
-def memory_gib() -> float:
-    """The most that was held at once so far: of the first device where it tells, else of this process."""
-    told = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in told:
-        return told["peak_bytes_in_use"] / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from marc_jax.archive import Archive
@@ -59,6 +60,31 @@ def test_one_video_says_the_same_from_its_file_and_from_a_memory(place, told):
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes(), field
     assert 0 < warm.tokens < warm.all_tokens and len(warm.events) == 3 and "decode" not in warm.seconds
     assert warm.entries[name].tokens.dtype.name == "bfloat16"
+
+
+def test_key_frames_choose_what_is_read_in_full(place, told, test_data):
+    name, quick = str(place / "videos" / "bikes.mp4"), opened(place, key_frames=True)
+    quick.answerer = told.answerer  # compiled once
+    answer, usual = quick.ask(QUESTION, name), told.ask(QUESTION, name)
+    entry, full = answer.entries[name], usual.entries[name]
+    assert len(answer.events) == 3 < len(entry.event_spans) and answer.all_tokens == usual.all_tokens
+    assert (entry.seconds == full.seconds).all() and entry.extra == full.extra and entry.grid == full.grid
+    read = np.concatenate([np.arange(*entry.event_spans[event.number - 1]) for event in answer.events])
+    # The frames are those that indexing reads; in batches of other rows the tower may round otherwise.
+    np.testing.assert_allclose(np.float32(entry.tokens[read]), np.float32(full.tokens[read]), atol=0.05, rtol=0.05)
+    rest = np.setdiff1d(np.arange(len(entry.tokens)), read)
+    assert len(rest) and not entry.tokens[rest].any()
+    with pytest.raises(ConfigError, match="--key_frames is for a file without --memory"):
+        opened(place, place / "memory", key_frames=True)
+
+
+def test_sparse_key_frames_are_answered_as_ever(place, told, test_data):
+    name, quick, usual = str(place / "chaplin.mp4"), opened(place, key_frames=True), opened(place)
+    shutil.copyfile(test_data / "videos" / "chaplin.mp4", name)
+    quick.answerer = usual.answerer = told.answerer
+    quick.indexer = usual.indexer
+    one, other = (archive.ask(QUESTION, name) for archive in (quick, usual))
+    assert one.text == other.text and one.events == other.events and one.entries[name].tokens.all(axis=(1, 2)).any()
 
 
 def test_an_archive_is_answered_from_the_video_of_its_nearest_event(place, memory, told):

@@ -10,8 +10,8 @@ import pytest
 REPO = pathlib.Path(__file__).resolve().parent.parent
 
 FOUNDATION = (
-    "marc_jax.config", "marc_jax.files", "marc_jax.guard", "marc_jax.locks", "marc_jax.manifest", "marc_jax.optim",
-    "marc_jax.paths", "marc_jax.streamed",
+    "marc_jax.config", "marc_jax.files", "marc_jax.guard", "marc_jax.hardware", "marc_jax.locks",
+    "marc_jax.manifest", "marc_jax.optim", "marc_jax.paths", "marc_jax.streamed",
 )  # fmt: skip
 PURE = (
     "marc_jax.models.rope",

@@ -178,7 +178,7 @@ def claim_table(packed: Packed, config) -> list[str]:
 def equal_table(packed: Packed, config) -> list[str]:
     """Arms with an adaptive budget against fixed ones mixed to the same mean number of tokens, paired."""
     lines = ["| adaptive budget | visual tokens | against fixed budgets, points | each seed |", "|---|--:|--:|--:|"]
-    for arm, fixed in rivals(config).items():
+    for arm, fixed in equal_tokens.rivals(config.eval.arms, config.views).items():
         parts, videos = [], []
         for run in packed.seeds(arm, *fixed):
             chosen = packed.questions(run, without=tuple(config.eval.apart))
@@ -192,22 +192,6 @@ def equal_table(packed: Packed, config) -> list[str]:
             label = config.eval.arms[arm].label or arm
             lines.append(f"| {label} | {tokens(packed, arm):.1f} | {_interval(found, '+')} | {_each(found, '+')} |")
     return lines if len(lines) > 2 else []
-
-
-def rivals(config) -> dict[str, list[str]]:
-    """{arm with an adaptive budget: arms of the same stage that look the same way with fixed ones}."""
-    sizes = ("k", "keep", "in_event", "rule", "adaptive", "budgets")
-    views = {name: view.to_dict() for name, view in config.views.items()}
-    looks = {name: {k: v for k, v in view.items() if k not in sizes} for name, view in views.items()}
-    adapts = {name: bool(view["rule"] or view["adaptive"]) for name, view in views.items()}
-    found = {}
-    for key, arm in config.eval.arms.items():
-        if adapts[arm.view]:
-            found[key] = [
-                other for other, c in config.eval.arms.items()
-                if c.stage == arm.stage and looks[c.view] == looks[arm.view] and not adapts[c.view]
-            ]  # fmt: skip
-    return found
 
 
 def stage_table(packed: Packed, config) -> list[str]:

@@ -49,14 +49,9 @@ def tables(
         of the same stage that select and merge alike.
     """
     found = []
-    for key in rows:
-        if key not in arms or not _adaptive(view := views[arms[key].view]):
-            continue
-        alike = {
-            other: rows[other] for other in rows if other in arms and arms[other].stage == arms[key].stage
-            and _kind(views[arms[other].view]) == _kind(view) and not _adaptive(views[arms[other].view])
-        }  # fmt: skip
-        mixed = rival(rows[key], alike) if alike else None
+    for key, fixed in rivals(arms, views).items():
+        alike = {other: rows[other] for other in fixed if other in rows}
+        mixed = rival(rows[key], alike) if alike and key in rows else None
         compared = mixed and benchmarks.compare(benchmark, rows[key], mixed[0], rule, seed=seed)
         if compared:
             low, high = compared["ci95"]
@@ -68,9 +63,20 @@ def tables(
     return [{"title": "At equal mean tokens", "head": head, "rows": found}] if found else []
 
 
-def _adaptive(view) -> bool:
-    return bool(view.adaptive or view.rule)
+def rivals(arms: Mapping, views: Mapping) -> dict[str, list[str]]:
+    """{adaptive arm: arms of the same stage with fixed budgets that select and merge alike}; of the config."""
 
+    def adaptive(view) -> bool:
+        return bool(view.adaptive or view.rule)
 
-def _kind(view) -> tuple:
-    return view.select, view.method, view.represent, view.weighted, view.share is None
+    def kind(view) -> tuple:
+        return view.select, view.method, view.represent, view.weighted, view.share is None
+
+    looks = {key: views[arm.view] for key, arm in arms.items()}
+    return {
+        key: [
+            other for other, fixed in looks.items()
+            if arms[other].stage == arms[key].stage and kind(fixed) == kind(view) and not adaptive(fixed)
+        ]
+        for key, view in looks.items() if adaptive(view)
+    }  # fmt: skip

@@ -2,9 +2,6 @@
 
 import datetime
 import json
-import os
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,7 +10,7 @@ import jax
 import numpy as np
 
 from data_pipelines import video
-from marc_jax import files, records, settings
+from marc_jax import files, hardware, records, settings
 from marc_jax.baselines.kept import real_tokens
 from marc_jax.evaluation import pictures, report, run, scoring
 from marc_jax.memory import embed
@@ -72,7 +69,7 @@ def answer_missing(here: Run, arms: list[str], folder: Path) -> None:
     for arm, source in sources.items():
         answer(here, test, arm, *source, folder)
         if arm == config.eval.teacher:
-            told = {**about(here, test), "hardware": hardware(), "seed": config.seed}
+            told = {**about(here, test), "hardware": hardware.described(), "seed": config.seed}
             files.write_whole(folder / "about.json", json.dumps(told, indent=1) + "\n")
 
 
@@ -106,11 +103,11 @@ def assemble(here: Run, test: run.TestSet | records.Records, rows: dict, timings
         "comparisons": compared(rows, config, apart),
         **about(here, test),
         "timings": {name: round(seconds, 1) for name, seconds in timings.items()},
-        "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "memory_gb": round(hardware.process_peak() / 2**30, 2),
         "curves": {name: str((here.workdir / name / "metrics.jsonl").resolve()) for name in config.stages},
         "seed": config.seed,
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware.described(),
         "command": " ".join(["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "decoding": f"greedy, at most {config.max_new_tokens} tokens",
         "config": config.to_dict(),
@@ -151,13 +148,6 @@ def compared(rows: dict, config, apart) -> list[dict]:
         {"a": main, "b": other, **scoring.compare(rows[main], rows[other], apart=apart, by_video=by_video)}
         for other in rows if other != main
     ]  # fmt: skip
-
-
-def hardware() -> str:
-    device = jax.devices()[0]
-    kind = platform.processor() or platform.machine() if device.platform == "cpu" else device.device_kind
-    devices = f"{device.platform} ({kind}), {jax.device_count()} device(s)"
-    return f"{devices}, {os.cpu_count()} CPU cores, jax {jax.__version__}"
 
 
 def draw_samples(here: Run, test: run.TestSet | records.Records, sources, rows, folder: Path) -> list[dict]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from marc_jax import files, locks, records
+from marc_jax import files, hardware, locks, records
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import benchmarks, experiment, harness, moments, submissions
+from marc_jax.evaluation import benchmarks, harness, moments, submissions
 
 # What is usually published, and Moment-DETR on the whole val split: the sample predictions of its repository
 # (jayleicn/moment_detr, standalone_eval/sample_val_preds_metrics_raw.json).
@@ -43,7 +43,7 @@ def evaluate(config, checkpoint: str, out: Path) -> dict:
         results = {
             "title": benchmarks.BENCHMARKS["qvhighlights"].title, "benchmark": "qvhighlights",
             "metrics": moments.evaluate(said, truths), "n": len(said), "total": questions.total,
-            "checkpoint": checkpoint, "encoder": config.encoder.path, "hardware": experiment.hardware(),
+            "checkpoint": checkpoint, "encoder": config.encoder.path, "hardware": hardware.described(),
         }  # fmt: skip
         for name, text in submissions.moments(said).items():
             files.write_whole(out / name, text)

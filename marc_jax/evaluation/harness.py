@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,10 @@ import jax
 
 from data_pipelines import sources
 from data_pipelines.benchmarks.read import BadRows, Questions, read
-from marc_jax import files, locks, pretrained, records
+from marc_jax import files, hardware, locks, pretrained, records
 from marc_jax import run as runs
 from marc_jax.config import ConfigError
-from marc_jax.evaluation import benchmarks, compare, equal_tokens, experiment, report, run, submissions
+from marc_jax.evaluation import benchmarks, compare, equal_tokens, report, run, submissions
 from marc_jax.rl.teacher import weights_hash
 
 STYLE = "eval"  # Video-R1's wording of questions at evaluation
@@ -243,10 +242,10 @@ def assemble(config, questions: Questions, said: Mapping, timings: dict, others:
         "intervals": "a bootstrap over videos",
         "notes": _notes(name, lead, questions, arms),
         "timings": {key: round(seconds, 1) for key, seconds in timings.items()},
-        "memory_gb": _peak_gb(),
+        "memory_gb": round(hardware.peak_gib(), 2),
         "seed": config.seed,
         "date": datetime.date.today().isoformat(),
-        "hardware": experiment.hardware(),
+        "hardware": hardware.described(),
         "command": " ".join(["python -m marc_jax.eval", *sys.argv[1:]]),
         "split": f"{len(questions.records)} of the {questions.total} questions of {config.data.test}",
         "decoding": f"greedy, at most {config.max_new_tokens} tokens",
@@ -312,10 +311,3 @@ def _notes(name: str, lead: str, questions: Questions, arms: list[dict]) -> list
     if questions.errors:
         notes.append(f"{len(questions.errors)} rows could not be used and were left out (bad_rows.jsonl).")
     return notes
-
-
-def _peak_gb() -> float:
-    """Peak memory of the fullest device; of the process where the backend does not say (a CPU)."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    return round(max(peaks) / 2**30 if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

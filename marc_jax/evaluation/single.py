@@ -144,6 +144,16 @@ class Answerer:
         tokens = self.here.prompter.queries([question], self.here.sizes.question)
         return np.asarray(self._embed(self.here.retriever, tokens))
 
+    def chosen(self, event_emb: np.ndarray, query: np.ndarray) -> list[int]:
+        """Numbers of the events, increasing, that a view that retrieves chooses among these embeddings."""
+        emb_ed = encoders.nearest_frames(event_emb, query[0])
+        count, padded = len(emb_ed), -(-max(len(emb_ed), self.view.k) // 8) * 8
+        none = np.zeros((1, 1), np.int32)
+        emb_bed = np.pad(emb_ed, ((0, padded - count), (0, 0)))[None]
+        index = views.VideoIndex(none, none > 0, none, none, none, np.arange(padded)[None] < count, emb_bed)
+        ids_bk, valid_bk = map(np.asarray, self._retrieved(index, query))
+        return ids_bk[0][valid_bk[0]].tolist()
+
     def answer(
         self, question: str, query: np.ndarray, entries: Mapping[str, store.MemoryEntry], clock: Clock,
         clips: Mapping[str, video.Clip] | None = None,

@@ -37,10 +37,12 @@ class Encoder(Protocol):
     Attributes:
       name: for people.
       fingerprint: text that differs where embeddings would; part of a memory's fingerprint.
+      side: of the square that frames are squashed to [pixels].
     """
 
     name: str
     fingerprint: str
+    side: int
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Unit vectors float32 [T, D] of uint8 frames [T, H, W, 3]."""
@@ -63,6 +65,14 @@ def pool_frames(emb_td: np.ndarray, spans: Sequence[tuple[int, int]], how: str =
         return (mean_ed / np.maximum(np.linalg.norm(mean_ed, axis=-1, keepdims=True), 1e-12)).astype(np.float32)
     most = max(b - a for a, b in spans)
     return np.stack([emb_td[np.minimum(np.arange(a, a + most), b - 1)] for a, b in spans]).astype(np.float32)
+
+
+def embed_shown(encoder: Encoder, frames: np.ndarray, shown: np.ndarray | None) -> np.ndarray:
+    """`embed_frames`, each key frame of `video.Clip.shown` once; all frames where it is None."""
+    if shown is None:
+        return encoder.embed_frames(frames)
+    _, first, row = np.unique(shown, return_index=True, return_inverse=True)
+    return encoder.embed_frames(frames[first])[row]
 
 
 def nearest_frames(event_emb: np.ndarray, query_d: np.ndarray) -> np.ndarray:
@@ -105,7 +115,7 @@ class DualEncoder:
         family = family_of(cfg)
         dtype = dtype or compute_dtype()
         self._ways = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.cfg, self.params, self.name = cfg, params, cfg.name or cfg.family
+        self.cfg, self.params, self.name, self.side = cfg, params, cfg.name or cfg.family, cfg.image.size
         self.chunk = -(-chunk // self._ways) * self._ways
         weights = fingerprint or store.tree_sha256(jax.device_get(params))
         self.fingerprint = f"{self.name} {cfg.image.size}px squash-bilinear {weights}"
@@ -163,7 +173,7 @@ class SmallEncoder:
         params: of the Qwen2.5-VL whose tower the retriever was trained on; `size`: side of its square frames.
         queries: texts -> (tokens int32 [N, L], mask bool [N, L]), e.g. `batches.Prompter.queries`.
         """
-        self.params, self.retriever, self._queries, self._chunk = params, retriever, queries, chunk
+        self.params, self.retriever, self._queries, self._chunk, self.side = params, retriever, queries, chunk, size
         self._patches = lambda frames: patches.frames_to_pixel_patches(patches.resize_frames(frames, size, size))
         weights = f"{tower_sha256(params)} {store.tree_sha256(jax.device_get(retriever))}"
         self.fingerprint = f"{self.name} {size}px {patches.RESIZE} {weights}"

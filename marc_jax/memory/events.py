@@ -26,6 +26,7 @@ where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has
 import collections
 import concurrent.futures
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -303,11 +304,20 @@ def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np
     return share, float(np.max(unexplained / (np.sum(way**2, axis=1)[best].sum(axis=1) + 1e-6)))
 
 
+def described(frames: Iterable[np.ndarray]) -> Iterator[Descriptor]:
+    """Of every frame; one that is shown again, as a key frame that stands for others, is described once."""
+    last, seen = None, None
+    for frame in frames:
+        again = last is not None and (frame[0] == last[0]).all() and np.array_equal(frame, last)
+        last, seen = frame, seen if again else describe(frame)
+        yield seen
+
+
 def replay(frames: np.ndarray, fps: float, options: Options | None = None, threads: int = 1) -> list[Border]:
     """What `Segmenter` says of a whole clip uint8 RGB [T, H, W, 3]; `threads` describe the frames."""
     segmenter = Segmenter(fps, options)
     if threads < 2:
-        return [border for frame in frames for border in segmenter.push(frame)]
+        return [border for seen in described(frames) for border in segmenter.take(seen)]
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         return [border for seen in pool.map(describe, frames) for border in segmenter.take(seen)]
 

@@ -5,6 +5,7 @@ The embeddings are those of the run's own retriever, or of any other encoder (`m
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,8 +14,11 @@ import numpy as np
 
 from data_pipelines import patches, video
 from marc_jax.memory import events, store
-from marc_jax.memory.encoders import Encoder, in_chunks, patch_encoder, pool_frames, tower_sha256
+from marc_jax.memory.encoders import Encoder, embed_shown, in_chunks, patch_encoder, pool_frames, tower_sha256
 from marc_jax.memory.shots import Shots
+
+KEYS_WITHIN = 11.0  # seconds that a key frame may stand for (x264's default are 250 frames), see `Indexer.look`
+KEY_EVENTS = events.Options(cut=0.9)  # seconds apart, frames of one shot differ more than neighbours do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +170,24 @@ class Indexer:
         pixels, (_, *grid_hw) = patches.frames_to_pixel_patches(clip.frames)
         features, emb_td = self.features(pixels, tuple(grid_hw))
         spans = events.segment(clip.frames, self.sampling.fps) if spans is None else spans
-        rows = spans
-        if self.encoder is not None:
-            emb_td = self.encoder.embed_frames(clip.frames if full is None else full)
-            rows = [(patches.TEMPORAL * a, patches.TEMPORAL * b) for a, b in spans]
-        emb = pool_frames(emb_td, rows, self.pool)
+        if self.encoder is None:
+            emb = pool_frames(emb_td, spans, self.pool)
+        else:
+            emb = self.embed_events(clip.frames if full is None else full, spans, clip.shown)
+        return self._entry(clip, sha256, spans, emb, features, tuple(grid_hw))
+
+    def embed_events(self, frames: np.ndarray, spans: list, shown: np.ndarray | None = None) -> np.ndarray:
+        """Event embeddings of frames [T, H, W, 3] by the encoder, pooled.
+
+        Args:
+          spans: in temporal patches.
+          shown: `video.Clip.shown`; a key frame that stands for several frames is embedded once.
+        """
+        rows = [(patches.TEMPORAL * a, patches.TEMPORAL * b) for a, b in spans]
+        return pool_frames(embed_shown(self.encoder, frames, shown), rows, self.pool)
+
+    @staticmethod
+    def _entry(clip: video.Clip, sha256: str, spans, emb, features, grid_hw: tuple[int, int]) -> store.MemoryEntry:
         seconds = np.asarray(clip.seconds, np.float64)[::2]
         step = seconds[1] - seconds[0] if len(seconds) > 1 else 1.0
         ends = np.append(seconds, seconds[-1] + step)
@@ -181,7 +198,7 @@ class Indexer:
             event_seconds=np.array([[ends[a], ends[b]] for a, b in spans]),
             event_embeddings=emb,
             tokens=features,
-            grid=tuple(grid_hw),
+            grid=grid_hw,
         )
 
     def decode(self, path, sha256: str | None = None, read: Callable = video.read_frames) -> Decoded:
@@ -197,11 +214,12 @@ class Indexer:
             clip, full = self.sampling.read(path, read), None
         else:
             whole = self.sampling.read_full(path, read)
-            clip, full = self.sampling.shrink(whole), whole.frames
+            clip, full = whole if whole.shown is not None else self.sampling.shrink(whole), whole.frames
         if self.shots:
             spans = self.shots.spans(path, clip.seconds, read=read)
         else:
-            spans = events.segment(clip.frames, self.sampling.fps)
+            options = None if clip.shown is None else KEY_EVENTS
+            spans = events.segment(clip.frames, self.sampling.fps, options)
         return Decoded(clip, sha256 or store.file_sha256(path), spans, full)
 
     def decode_image(self, path) -> Decoded:
@@ -212,12 +230,46 @@ class Indexer:
     def encode(self, decoded: Decoded) -> store.MemoryEntry:
         """The memory of a decoded file; `extra` holds its length and the time between temporal patches, in seconds."""
         entry = self.entry(decoded.clip, decoded.sha256, spans=decoded.spans, full=decoded.full)
-        length = float(decoded.clip.info.duration)
-        extra = {"duration": length, "second_per_grid": decoded.clip.seconds_per_patch}
-        begin_e, end_e = entry.event_seconds.T  # the last ends one step after its last patch: not after the file
-        end_e = np.where(begin_e < length, np.minimum(end_e, length), end_e)
-        return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra=extra)
+        return _to_the_end(entry, decoded.clip)
+
+    def look(self, path, read: Callable = video.read_frames, within: float = KEYS_WITHIN) -> Decoded:
+        """`decode` of key frames alone: what they show, and the events they divide; `encode_events` reads the rest.
+
+        Where they are too sparse (`video.read_frames(keys_within=within)`) it is `decode`, and `clip.shown` is None.
+        For an encoder, without `shots`. Raises VideoError as `decode`.
+        """
+        return self.decode(path, read=functools.partial(read, keys_within=within, keys_side=self.encoder.side))
+
+    def encode_events(
+        self, path, looked: Decoded, emb: np.ndarray, chosen, read: Callable = video.read_frames
+    ) -> store.MemoryEntry:
+        """The memory of a file that was looked at, with features of the chosen events alone; the others' are zero.
+
+        Args:
+          emb: event embeddings, of `embed_events(looked.clip.frames, looked.spans, looked.clip.shown)`.
+          chosen: numbers of events, increasing.
+
+        Raises VideoError as `decode`.
+        """
+        slots = np.concatenate([np.arange(*looked.spans[event]) for event in chosen])
+        rows = (patches.TEMPORAL * slots[:, None] + np.arange(patches.TEMPORAL)).ravel()
+        clip = self.sampling.read(path, functools.partial(read, rows=rows))
+        pixels, (_, *grid_hw) = patches.frames_to_pixel_patches(clip.frames)
+        seen, _ = self.features(pixels, tuple(grid_hw))
+        features = np.zeros((len(looked.clip.frames) // patches.TEMPORAL, *seen.shape[1:]), seen.dtype)
+        features[slots] = seen
+        entry = self._entry(looked.clip, looked.sha256, looked.spans, emb, features, tuple(grid_hw))
+        return _to_the_end(entry, looked.clip)
 
     def file(self, path) -> store.MemoryEntry:
         """Reads and indexes a file."""
         return self.encode(self.decode(path))
+
+
+def _to_the_end(entry: store.MemoryEntry, clip: video.Clip) -> store.MemoryEntry:
+    """With what `MemoryEntry.extra` holds, and no event longer than the file."""
+    length = float(clip.info.duration)
+    extra = {"duration": length, "second_per_grid": clip.seconds_per_patch}
+    begin_e, end_e = entry.event_seconds.T  # the last ends one step after its last patch: not after the file
+    end_e = np.where(begin_e < length, np.minimum(end_e, length), end_e)
+    return dataclasses.replace(entry, event_seconds=np.stack([begin_e, end_e], 1), extra=extra)

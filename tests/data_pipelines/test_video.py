@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import decoders, video
+from data_pipelines import decoders, stretches, video
 from data_pipelines.video import Limits, VideoError, probe, read_frames, read_image, sample_indices
 
 BACKENDS = ["pyav", "opencv"]
@@ -401,16 +401,16 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
 @given(st.sets(st.integers(0, 300), min_size=1), st.sets(st.integers(0, 300)), st.integers(1, 20))
 def test_stretches_hold_every_frame_once_and_begin_at_different_key_frames(wanted, starts, parts):
     wanted, starts = np.array(sorted(wanted)), np.array(sorted(starts | {0}))
-    shares = video.stretches(starts.tolist(), wanted, parts)
+    shares = stretches.cut(starts.tolist(), wanted, parts)
     assert len(shares) <= parts and np.concatenate([wanted[s] for s in shares]).tolist() == wanted.tolist()
     entries = [set((np.searchsorted(starts, wanted[s], side="right") - 1).tolist()) for s in shares]
     assert sum(map(len, entries)) == len(set.union(*entries))  # no key frame is decoded from twice
 
 
 def test_stretches_are_about_equal():
-    shares = video.stretches(list(range(0, 768, 12)), np.rint(np.linspace(0, 767, 64)).astype(int), 16)
+    shares = stretches.cut(list(range(0, 768, 12)), np.rint(np.linspace(0, 767, 64)).astype(int), 16)
     assert len(shares) == 16 and {s.stop - s.start for s in shares} <= {2, 3, 4, 5, 6}
-    assert video.stretches([0], np.arange(40), 8) == [slice(0, 40)]
+    assert stretches.cut([0], np.arange(40), 8) == [slice(0, 40)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

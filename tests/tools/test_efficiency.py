@@ -17,9 +17,13 @@ def row():
             "uncompressed": {"open + decode": 30.0, "patchify": 20.0, "vision": 150.0, "prefill": 50.0, "decode": 20.0},
             "cold": {"open + decode": 30.0, "events": 5.0, "patchify": 5.0, "vision": 50.0, "prefill": 10.0,
                      "decode": 20.0},
+            "key frames": {"look": 5.0, "open + decode": 10.0, "events": 1.0, "vision": 50.0, "prefill": 10.0,
+                           "decode": 20.0},
             "warm": {"memory": 2.0, "prefill": 10.0, "decode": 8.0},
         },
-        "peak_bytes": {"uncompressed": 100, "cold": 80, "warm": 70},
+        "bounds": {"open_ms": 4.0, "pictures": 768, "codec": "h264 1280x720", "gap": 4.0, "longest_gap": 4.0,
+                   "key_frames": 8, "decoded": 700, "decoded_of_chosen": 272},
+        "peak_bytes": {"uncompressed": 100, "cold": 80, "key frames": 80, "warm": 70},
     }  # fmt: skip
 
 
@@ -41,15 +45,23 @@ def test_a_ceiling_is_the_speed_up_if_the_stage_cost_nothing(row):
 def test_the_papers_metrics_stand_beside_ours(row):
     table = efficiency_report.paper_table(row, [10])
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
-    assert cells["peak GPU memory"] == ["72", "20.0", "30.0"]
-    assert cells["LLM generation"] == ["23.9", "40.0", "70.0"]
-    assert cells["end to end"] == ["11.1", "50.0", "89.3"]
+    assert cells["peak GPU memory"] == ["72", "20.0", "20.0", "30.0"]
+    assert cells["LLM generation"] == ["23.9", "40.0", "40.0", "70.0"]
+    assert cells["end to end"] == ["11.1", "50.0", "58.0", "89.3"]
 
 
 def test_the_peer_waits_for_the_same_frames(row):
     assert efficiency_report.peer_total(row, {"first": 400.0, "per_token": 20.0}, 11) == 30 + 20 + 400 + 200
     beside = efficiency_report.answer_table(row, {"first": 400.0, "per_token": 20.0}, [10])[-1]
-    assert "yes" in beside and beside.split("|")[11].strip() == "630"
+    assert "yes" in beside and beside.split("|")[15].strip() == "630"
+
+
+def test_what_bounds_reading_is_said(row):
+    (said,) = efficiency_report.reading(row)
+    assert "8 for the look and 272 for the chosen events: 40%" in said and "takes 50 and 15 ms, opening 4 ms" in said
+    assert efficiency_report.most_lower(row, "key frames", 10) == pytest.approx(100 * (1 - (30 * 0.4 + 50) / 300))
+    del row["stages"]["key frames"]
+    assert efficiency_report.reading(row)[0].endswith("key frames are too sparse for a first look.")
 
 
 def test_a_run_writes_what_it_measured_and_outlives_a_row_that_fails(tmp_path, monkeypatch, capsys):
@@ -60,18 +72,19 @@ def test_a_run_writes_what_it_measured_and_outlives_a_row_that_fails(tmp_path, m
 
     streams = efficiency_stages.Streams
     monkeypatch.setattr(efficiency_stages, "Streams", failing)
-    write_scenes(tmp_path / "video.mp4", 112, 196, 8)
-    flags = ["--size=tiny", "--rows=4x3,4x2", "--frames=8", "--new=3", "--repeats=1"]
+    write_scenes(tmp_path / "video.mp4", 112, 196, 16)
+    flags = ["--size=tiny", "--rows=4x3,4x2", "--frames=16", "--new=3", "--repeats=1"]
     flags.append(f"--video={tmp_path / 'video.mp4'}")
     out, text = tmp_path / "out.json", tmp_path / "out.md"
     assert efficiency.main([*flags, f"--out={out}", f"--markdown={text}"]) == 1
     assert "4x3 FAILED: MemoryError: too large" in capsys.readouterr().out
     rows = json.loads(out.read_text())["rows"]
     assert list(rows) == ["4x2"] and "### 4x2" in text.read_text()
-    row, tokens = rows["4x2"], {"uncompressed": 8, "cold": 2, "warm": 2}
-    assert row["same_answer"] and row["patches"] == 4 and row["visual_tokens"] == tokens
+    row, tokens = rows["4x2"], {"uncompressed": 16, "cold": 2, "key frames": 2, "warm": 2}
+    assert row["same_answer"] and row["patches"] == 8 and row["visual_tokens"] == tokens
     assert set(row["stages"]["uncompressed"]) == {"open + decode", "patchify", "vision", "prefill", "decode"}
     assert set(row["stages"]["warm"]) == {"memory", "embed", "retrieve", "compress", "prefill", "decode"}
-    assert set(row["stages"]["cold"]) == set(efficiency_report.STAGES) - {"memory"}
-    assert row["state_bytes"]["cold"]["visual"] * 4 == row["state_bytes"]["uncompressed"]["visual"]
+    assert set(row["stages"]["cold"]) == set(efficiency_report.STAGES) - {"memory", "look"}
+    assert set(row["stages"]["key frames"]) == set(efficiency_report.STAGES) - {"memory"}
+    assert row["state_bytes"]["cold"]["visual"] * 8 == row["state_bytes"]["uncompressed"]["visual"]
     assert row["peak_bytes"]["uncompressed"] > row["weight_bytes"] > 0 and row["stored"] > 0

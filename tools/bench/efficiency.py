@@ -40,6 +40,8 @@ def arguments(argv=None):
     parser.add_argument("--repeats", type=int, default=5, help="passes of a batch of 1; 2 of larger ones")
     parser.add_argument("--peer", action="store_true", help="transformers beside ours")
     parser.add_argument("--peer_seconds", type=float, default=60.0, help="stop it then, and use the rows it has")
+    parser.add_argument("--row_seconds", type=float, default=40.0, help="of measuring a row: fewer passes then")
+    parser.add_argument("--keyint", type=int, help="of the made-up video: most frames from one key frame to the next")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--compile_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, help="everything, as JSON")
@@ -48,6 +50,10 @@ def arguments(argv=None):
     args.answers = [int(n) for n in args.answers.split(",")]
     args.rows = [Row(*map(int, row.split("x")), args.frames) for row in args.rows.split(",")]
     return args
+
+
+def note(begun: float, said: str) -> None:
+    print(f"[{time.perf_counter() - begun:.0f} s] {said}", file=sys.stderr, flush=True)
 
 
 def peers(args) -> dict:
@@ -69,7 +75,8 @@ def measured(served, args, row: Row, memory: pathlib.Path) -> dict | None:
     begun = time.perf_counter()
     try:
         streams = efficiency_stages.Streams(served, args.video, row, args.new, memory, args.compile_threads)
-        out = streams.measure(args.repeats if row.batch == 1 else min(2, args.repeats))
+        note(begun, f"{row.key}: compiled; passes begin")
+        out = streams.measure(args.repeats if row.batch == 1 else min(2, args.repeats), args.row_seconds)
     except Exception as e:
         traceback.print_exc()
         print(f"{row.key} FAILED: {type(e).__name__}: {str(e)[:300]}", flush=True)
@@ -86,10 +93,13 @@ def main(argv=None) -> int:
         folder = pathlib.Path(name)
         if not args.video:
             args.video = str(folder / "video.mp4")
-            write_scenes(folder / "video.mp4", 720, 1280, max(4, args.frames // 2))
+            write_scenes(folder / "video.mp4", 720, 1280, max(4, args.frames // 2), args.keyint)
+            note(begun, "the video is written")
         beside = peers(args)
+        note(begun, f"transformers measured {len(beside)} rows")
         device = jax.devices()[0]
         served = efficiency_stages.serve(args.size, args.attention)
+        note(begun, "the models are there")
         title = (
             f"{device.device_kind}, jax {jax.__version__}, {len(os.sched_getaffinity(0))} CPU cores, Qwen2.5-VL"
             f" {args.size}, random {served.dtype.__name__} weights, {args.frames} frames, {time.strftime('%Y-%m-%d')}"

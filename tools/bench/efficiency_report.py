@@ -3,7 +3,7 @@
 # MARC's paper (arXiv 2510.07915): one GPU, its own baseline; reductions in per cent.
 PAPER = {"peak GPU memory": 72.0, "LLM generation": 23.9, "end to end": 11.1}
 COLD_LOWER, WARM_TIMES = 35.0, 10.0  # to reach on one H200
-STAGES = ("open + decode", "memory", "events", "embed", "retrieve", "patchify", "vision", "compress", "prefill",
+STAGES = ("look", "open + decode", "memory", "events", "embed", "retrieve", "patchify", "vision", "compress", "prefill",
           "decode")  # fmt: skip
 TOUCHED = ("patchify", "vision", "prefill")  # stages that looking at less makes cheaper
 HOST = ("open + decode", "patchify")  # what a user of transformers waits for too
@@ -48,67 +48,98 @@ def peer_total(row: dict, peer: dict, answer: int) -> float:
     return host + peer["first"] + (answer - 1) * peer["per_token"]
 
 
+def title(way: str) -> str:
+    """Of a column."""
+    return {"uncompressed": way, "key frames": "MARC cold, key frames"}.get(way, f"MARC {way}")
+
+
+def most_lower(row: dict, way: str, answer: int) -> float:
+    """Per cent: the ceiling of a cold way, patchify, vision and prefill for nothing.
+
+    With key frames reading costs the share of the pictures that still has to be decoded.
+    """
+    least = end_to_end(row, "uncompressed", answer) / if_free(row, TOUCHED, answer)
+    if way == "key frames":
+        least -= (1 - decoded_share(row)) * row["stages"]["uncompressed"]["open + decode"]
+    return lower(least, end_to_end(row, "uncompressed", answer))
+
+
+def decoded_share(row: dict) -> float:
+    """Pictures decoded for the look and the chosen events, of those for all sampled frames."""
+    said = row["bounds"]
+    return (said["key_frames"] + said["decoded_of_chosen"]) / said["decoded"]
+
+
 def cells(*values) -> str:
     return "| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in values) + " |"
 
 
 def stage_table(row: dict, peer: dict | None, answer: int) -> list[str]:
-    """Every stage of the three ways; its share of the uncompressed run, and what it could give at most."""
+    """Every stage of every way; its share of the uncompressed run, and what it could give at most."""
     ways = {way: stages_of(row, way, answer) for way in row["stages"]}
     total = sum(ways["uncompressed"].values())
-    lines = [cells("ms", "uncompressed", "share", "at most, x", "MARC cold", "alone, x", "MARC warm", "transformers"),
-             "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    cold = [way for way in ways if way != "uncompressed"]
+    lines = [cells("ms", "uncompressed", "share", "at most, x", *(x for way in cold for x in (title(way), "alone, x")),
+                   "transformers"), "|---|" + "--:|" * (4 + 2 * len(cold))]  # fmt: skip
     theirs = dict(peer or {})
     if peer:
         theirs |= {stage: ways["uncompressed"][stage] for stage in HOST} | {"prefill": peer["first"] - peer["vision"]}
     for stage in (stage for stage in STAGES if any(stage in times for times in ways.values())):
-        full, cold = (ways[way].get(stage, 0.0) for way in ("uncompressed", "cold"))
-        shown = [per_token(row, way) if stage == "decode" else ways[way].get(stage, "") for way in ways]
+        full, shown = ways["uncompressed"].get(stage, 0.0), []
+        for way in cold:
+            spent = ways[way].get(stage, 0.0)
+            shown.append(per_token(row, way) if stage == "decode" else ways[way].get(stage, ""))
+            shown.append(f"{total / (total - full + spent):.2f}" if (full or spent) and way != "warm" else "")
         other = theirs.get("per_token" if stage == "decode" else stage, "")
         free = f"{if_free(row, (stage,), answer):.2f}" if full else ""
-        alone = f"{total / (total - full + cold):.2f}" if full or cold else ""
         name, share = "decode, per token" if stage == "decode" else stage, f"{full / total:.1%}" if full else ""
-        lines.append(cells(name, shown[0], share, free, shown[1], alone, shown[2], other))
+        own = per_token(row, "uncompressed") if stage == "decode" else ways["uncompressed"].get(stage, "")
+        lines.append(cells(name, own, share, free, *shown, other))
     return lines
 
 
 def answer_table(row: dict, peer: dict | None, answers: list[int]) -> list[str]:
     """End to end by length of the answer; with each gain, the most that its stages could give."""
-    lines = [cells("answer, tokens", "uncompressed, ms", "MARC cold, ms", "lower by", "at most", f">= {COLD_LOWER:g} %",
-                   "MARC warm, ms", "x", "at most, x", f">= {WARM_TIMES:g} x", "transformers, ms", "x uncompressed",
-                   "x cold", "x warm"), "|" + "--:|" * 14]  # fmt: skip
+    cold = [way for way in row["stages"] if way not in ("uncompressed", "warm")]
+    every = tuple(stage for stage in row["stages"]["uncompressed"] if stage != "decode")
+    head = [x for way in cold for x in (f"{title(way)}, ms", "lower by", "at most", f">= {COLD_LOWER:g} %")]
+    head += ["MARC warm, ms", "x", "at most, x", f">= {WARM_TIMES:g} x", "transformers, ms"]
+    head += [f"x {way}" for way in row["stages"]]
+    lines = [cells("answer, tokens", "uncompressed, ms", *head), "|" + "--:|" * (2 + len(head))]
     for answer in answers:
-        full, cold, warm = (end_to_end(row, way, answer) for way in ("uncompressed", "cold", "warm"))
-        gain, most = lower(cold, full), 100 * (1 - 1 / if_free(row, TOUCHED, answer))
-        every = tuple(stage for stage in row["stages"]["uncompressed"] if stage != "decode")
+        times = {way: end_to_end(row, way, answer) for way in row["stages"]}
+        full, warm, shown = times["uncompressed"], times["warm"], []
+        for way in cold:
+            gain = lower(times[way], full)
+            most = most_lower(row, way, answer)
+            shown += [times[way], f"{gain:.1f} %", f"{most:.1f} %", "yes" if gain >= COLD_LOWER else "NO"]
+        shown += [warm, full / warm, if_free(row, every, answer), "yes" if full / warm >= WARM_TIMES else "NO"]
         other = peer_total(row, peer, answer) if peer else None
-        beside = [other, other / full, other / cold, other / warm] if other else [""] * 4
-        lines.append(cells(
-            str(answer), full, cold, f"{gain:.1f} %", f"{most:.1f} %", "yes" if gain >= COLD_LOWER else "NO",
-            warm, full / warm, if_free(row, every, answer), "yes" if full / warm >= WARM_TIMES else "NO", *beside,
-        ))  # fmt: skip
+        beside = [other, *(other / spent for spent in times.values())] if other else [""] * (1 + len(times))
+        lines.append(cells(str(answer), full, *shown, *beside))
     return lines
 
 
 def paper_table(row: dict, answers: list[int]) -> list[str]:
     """MARC's own metrics, computed its way, beside its figures; reductions in per cent."""
     peak = {way: row["peak_bytes"][way] for way in row["stages"]}
-    lines = [cells("lower by, %", "paper", *(f"{way}, {n} tokens" for way in ("cold", "warm") for n in answers)),
-             "|---|" + "--:|" * (1 + 2 * len(answers))]  # fmt: skip
+    ways = [way for way in row["stages"] if way != "uncompressed"]
+    lines = [cells("lower by, %", "paper", *(f"{way}, {n} tokens" for way in ways for n in answers)),
+             "|---|" + "--:|" * (1 + len(ways) * len(answers))]  # fmt: skip
     measures = {
         "peak GPU memory": lambda way, _: peak[way],
         "LLM generation": lambda way, n: generation(row, way, n),
         "end to end": lambda way, n: end_to_end(row, way, n),
     }
     for name, of in measures.items():
-        ours = [f"{lower(of(w, n), of('uncompressed', n)):.1f}" for w in ("cold", "warm") for n in answers]
+        ours = [f"{lower(of(w, n), of('uncompressed', n)):.1f}" for w in ways for n in answers]
         lines.append(cells(name, f"{PAPER[name]:g}", *ours))
     return lines
 
 
 def memory_table(row: dict, peer: dict | None) -> list[str]:
-    lines = [cells("bytes", "uncompressed", "MARC cold", "MARC warm", "transformers"), "|---|--:|--:|--:|--:|"]
     ways, mib, gib = list(row["stages"]), 2**20, 2**30
+    lines = [cells("bytes", *map(title, ways), "transformers"), "|---|" + "--:|" * (1 + len(ways))]
     state, full = row["state_bytes"], sum(row["state_bytes"]["uncompressed"].values())
     lines.append(cells("keys and values of a stream, MiB", *(state[way]["kv"] / mib for way in ways), ""))
     lines.append(cells("visual tokens of a stream, MiB", *(state[way]["visual"] / mib for way in ways), ""))
@@ -117,8 +148,29 @@ def memory_table(row: dict, peer: dict | None) -> list[str]:
     theirs = peer["peak_bytes"] / gib if peer and peer.get("peak_bytes") else ""
     lines.append(cells("peak on the device, GiB", *(row["peak_bytes"][way] / gib for way in ways), theirs))
     stored = f"memory of the video, MiB ({row['disk_ms']:.1f} ms from disk)"
-    lines.append(cells(stored, "", "", row["stored"] / mib, ""))
+    lines.append(cells(stored, *[""] * (len(ways) - 1), row["stored"] / mib, ""))
     return lines
+
+
+def reading(row: dict) -> list[str]:
+    """What bounds the reading of the file."""
+    said = row["bounds"]
+    said_of = [
+        f"Of the file's {said['pictures']:,} pictures ({said['codec']}, a key frame every {said['gap']:.1f} s, at most"
+        f" {said['longest_gap']:.1f} s) {said['decoded']:,} have to be decoded for all sampled frames"
+    ]
+    if "key frames" not in row["stages"]:
+        return ["".join(said_of) + "; key frames are too sparse for a first look."]
+    spent = [
+        sum(row["stages"][way].get(stage, 0.0) for stage in ("look", *HOST)) for way in ("uncompressed", "key frames")
+    ]
+    said_of += [
+        f", {said['key_frames']} for the look and {said['decoded_of_chosen']:,} for the chosen events:"
+        f" {decoded_share(row):.0%}.",
+        f" Reading (look, open + decode, patchify) takes {spent[0]:,.4g} and {spent[1]:,.4g} ms,",
+        f" opening {said['open_ms']:.3g} ms.",
+    ]
+    return ["".join(said_of)]
 
 
 def section(key: str, row: dict, peer: dict | None, answers: list[int]) -> str:
@@ -127,10 +179,12 @@ def section(key: str, row: dict, peer: dict | None, answers: list[int]) -> str:
     share, shown = tokens["cold"] / tokens["uncompressed"], answers[len(answers) // 2]
     lines = [
         f"### {key}: {row['cap']} tokens per frame pair, batch {row['batch']}", "",
-        f"{row['patches']} temporal patches of {grid}, {row['events']} events; {tokens['uncompressed']:,} visual"
-        f" tokens, MARC {tokens['cold']:,} ({share:.1%}), {row['encoded']} patches through the vision tower when cold."
+        f"{row['patches']} temporal patches of {grid}, {row['events']['one']} events (by key frames"
+        f" {row['events'].get('keys', 0)}); {tokens['uncompressed']:,} visual tokens, MARC {tokens['cold']:,}"
+        f" ({share:.1%}), {row['encoded']['one']} patches through the vision tower when cold."
         f" Medians of {row['repeats']} passes, {row['new']} tokens decoded in each; the batch as a whole."
         f" Cold and warm say {'the same' if row['same_answer'] else 'different things'}.", "",
+        *reading(row), "",
         f"Shares with an answer of {shown} tokens:", "",
         *stage_table(row, peer, shown), "", *answer_table(row, peer, answers), "",
         *paper_table(row, answers), "", *memory_table(row, peer), "",

@@ -4,12 +4,14 @@
 
 The same frames, read and cut into patches by our reader: what differs is the model. sdpa attention, eager, random
 bfloat16 weights. Per row, in milliseconds: "vision" (the tower alone), "first" (`generate` of one token, upload of the
-pixels included), "per_token"; "peak_bytes" of the allocator. The cheapest rows come first.
+pixels included), "per_token"; "peak_bytes" of the allocator. The cheapest rows come first; a row is told once it has
+each figure once, and again when they are medians, so that a run that is stopped leaves what it has.
 """
 
 import argparse
 import json
 import sys
+import time
 
 import jax
 import torch
@@ -21,12 +23,14 @@ from tools.bench.efficiency_stages import Host, Row
 from tools.bench.model_transformers import NEW, inputs_of, load, timed
 
 LONG = 1000.0  # milliseconds of a first token from which one measurement after a warm-up has to do
+FEW = 8  # tokens of the first measurement of decoding
 
 
 @torch.inference_mode()
-def measure(cfg, net, video: str, row: Row, device: str) -> dict:
+def measure(cfg, net, video: str, row: Row, device: str):
+    """Yields the row: quickly, then with medians."""
     host = Host(video, Row(row.cap, 1, row.frames))
-    (pixels,), grid = host.patchify(host.read())
+    (pixels,), grid = host.patchify(host.read_resized())
     case = shapes.Case(row.key, "", "first", 0, s=len(pixels), grid=grid, batch=row.batch)
     inputs = inputs_of(cfg, case, device)
     pixels = torch.from_numpy(pixels.reshape(-1, pixels.shape[-1])).repeat(row.batch, 1)
@@ -41,13 +45,18 @@ def measure(cfg, net, video: str, row: Row, device: str) -> dict:
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    first = timed(lambda: generate(1), 1, device, warmup=1)
-    repeats = 1 if first > LONG else 3
-    first = timed(lambda: generate(1), repeats, device, warmup=0)
-    many = timed(lambda: generate(1 + NEW), repeats, device, warmup=0 if first > LONG else 1)
-    vision = timed(lambda: net.model.visual(seen(), grid_thw=inputs["video_grid_thw"]), repeats, device, warmup=0)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    return {"vision": vision, "first": first, "per_token": (many - first) / NEW, "peak_bytes": peak}
+    def figures(new: int, repeats: int, warmup: int) -> dict:
+        first = timed(lambda: generate(1), repeats, device, warmup=warmup)
+        many = timed(lambda: generate(1 + new), repeats, device, warmup=0)
+        vision = timed(lambda: net.model.visual(seen(), grid_thw=inputs["video_grid_thw"]), repeats, device, warmup=0)
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+        per_token = max(0.0, many - first) / new
+        return {"vision": vision, "first": first, "per_token": per_token, "peak_bytes": peak, "repeats": repeats}
+
+    quick = figures(FEW, 1, 1)
+    yield quick
+    if quick["first"] < LONG:
+        yield figures(NEW, 3, 0)
 
 
 def main(argv=None) -> int:
@@ -61,12 +70,16 @@ def main(argv=None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = qwen25_vl.tiny() if args.size == "tiny" else qwen25_vl.qwen25_vl(args.size)
     rows = [Row(*map(int, row.split("x")), args.frames) for row in args.rows.split(",")]
+    begun = time.perf_counter()
+    print("transformers: imported; loading", file=sys.stderr, flush=True)
     net, out = load(cfg, device), {}
+    print(f"transformers: loaded in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     for row in sorted(rows, key=lambda row: row.cap * row.batch):
         try:
-            out[row.key] = measure(cfg, net, args.video, row, device)
-            print(f"transformers: {row.key}: {out[row.key]}", file=sys.stderr, flush=True)
-            print(json.dumps(out), flush=True)
+            for figures in measure(cfg, net, args.video, row, device):
+                out[row.key] = figures
+                print(f"transformers: {row.key}: {out[row.key]}", file=sys.stderr, flush=True)
+                print(json.dumps(out), flush=True)
         except Exception as e:  # a row that fails leaves its place empty, the others are measured
             print(f"transformers: {row.key}: {type(e).__name__}: {str(e)[:200]}", file=sys.stderr)
     return 0

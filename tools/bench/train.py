@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marc_jax import optim, state
+from marc_jax import hardware, optim, state
 from marc_jax.models import qwen25_vl
 from marc_jax.rl import loss, rollout, step
 from marc_jax.rl.types import Completions
@@ -146,11 +146,6 @@ def program_bytes(compiled) -> int:
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh
 
 
-def peak_bytes() -> int:
-    """The allocator's peak so far; 0 where the device does not count."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-
 def compile_case(cfg, case: Case, tx, args):
     """(compiled step, seconds); writes the compiled program where asked."""
     start = time.perf_counter()
@@ -171,7 +166,8 @@ def measure(cfg, case: Case, compiled, now: state.TrainState, args) -> tuple[sta
         now, metrics = jax.block_until_ready(compiled(now, batch))
         times += [(time.perf_counter() - start) * 1e3] if i >= 2 else []
     row = {"ms": statistics.median(times), "spread": max(times) - min(times), "program_bytes": program_bytes(compiled)}
-    row |= {"peak_bytes": peak_bytes(), "loss": float(loss.mean(metrics["loss"])), "norm": float(metrics["grad_norm"])}
+    row |= {"loss": float(loss.mean(metrics["loss"])), "norm": float(metrics["grad_norm"])}
+    row["peak_bytes"] = hardware.device_peak() or 0
     if args.profile:
         box = [now]
 
