@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines import stretches
+from data_pipelines import looked, stretches
 from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo, check_sha256
 from data_pipelines.decoders import open_reader
 from data_pipelines.patches import VideoBudget
@@ -170,7 +170,7 @@ def read_frames(
     Raises:
       VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
     """
-    with open_reader(path, backend, limits, threads if parts == 1 else threads or 1) as reader:
+    with _opened(path, backend, limits, threads, parts, rows is not None) as reader:
         if sha256 is not None:
             check_sha256(path, sha256)
         try:
@@ -192,12 +192,21 @@ def read_frames(
             shown = stretches.key_frames(reader, index, keys_within)
             if len(np.unique(shown)) >= FEWEST_KEYS:
                 frames = stretches.collect_keys(reader, shown, keys_side, limits, parts)
+                looked.keep(reader, path, backend, limits)
                 return Clip(frames, reader.times[index], reader.info, index, shown=shown)
         count = len(index)
         if rows is not None:
             index = _chosen(path, index, rows)
         frames = stretches.collect(reader, index, resize, limits, parts, threads, count)
         return Clip(frames, reader.times[index], reader.info, index)
+
+
+def _opened(path, backend: str, limits: Limits, threads: int | None, parts: int, chosen: bool):
+    """A reader; of a file that was looked at before, and now `chosen` rows are read, without scanning it again."""
+    known = looked.take(path, backend, limits) if chosen else None
+    if known is None:
+        return open_reader(path, backend, limits, threads if parts == 1 else threads or 1)
+    return known.fork(threads) if parts == 1 else known
 
 
 def _chosen(path, index: np.ndarray, rows) -> np.ndarray:

@@ -1,12 +1,13 @@
 """A first look at key frames, and rows of the sampled frames read later: the same frames as ever."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 from test_video import encode
 
-from data_pipelines import patches, sandbox, stretches
+from data_pipelines import decoders, patches, sandbox, stretches
 from data_pipelines.decoders import open_reader
 from data_pipelines.video import VideoError, read_frames
 
@@ -55,6 +56,23 @@ def test_where_key_frames_are_too_sparse_nothing_changes(tmp_path, how):
     usual = {name: value for name, value in how.items() if name != "keys_within"}
     look, clip = read_frames(path, **{"keys_within": 5.0} | how), read_frames(path, **usual)
     assert look.shown is None and (look.frames == clip.frames).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_file_that_was_looked_at_is_not_scanned_again_unless_it_changed(tmp_path, parts, monkeypatch):
+    path, scans = encode(tmp_path / "a.mp4", 100, gop=12), []
+    scan = decoders.PyAVReader._scan
+    monkeypatch.setattr(decoders.PyAVReader, "_scan", lambda self, keep: scans.append(1) or scan(self, keep))
+    usual, how = read_frames(path, fps=5.0).frames, {"fps": 5.0, "parts": parts}
+    scans.clear()
+    for _ in range(2):
+        read_frames(path, keys_within=5.0, **how)
+        assert (read_frames(path, rows=[1, 2, 9], **how).frames == usual[[1, 2, 9]]).all()
+    assert len(scans) == 2
+    read_frames(path, keys_within=5.0, **how)
+    other = encode(tmp_path / "b.mp4", 60, gop=12)
+    os.replace(other, path)
+    assert read_frames(path, rows=[0], **how).info.num_frames == 60 and len(scans) == 4
 
 
 @pytest.mark.parametrize("name", FILES)
