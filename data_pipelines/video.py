@@ -161,8 +161,9 @@ def read_frames(
         picture; with the hash every change is an error.
       rows: take these alone of the frames that would be taken, increasing from 0 on; the same frames.
       keys_within: a first look that decodes key frames alone. Where none of the frames to take is more than so many
-        seconds after its key frame, and `FEWEST_KEYS` differ, the key frame at or before each stands for it, squashed
-        to keys_side x keys_side; `Clip.shown` has their numbers. Otherwise as without.
+        seconds after its key frame, the key frame at or before each stands for it, squashed to keys_side x keys_side;
+        `Clip.shown` has their numbers. As without, where those are fewer than `FEWEST_KEYS`, or not half as many as
+        the frames to take: little would be left out.
 
     Returns:
       A Clip of an even number of frames; after an odd number the last is repeated, so one frame gives two.
@@ -190,7 +191,7 @@ def read_frames(
             index = np.append(index, index[-1])
         if keys_within is not None:
             shown = stretches.key_frames(reader, index, keys_within)
-            if len(np.unique(shown)) >= FEWEST_KEYS:
+            if FEWEST_KEYS <= len(np.unique(shown)) <= len(np.unique(index)) // 2:
                 frames = stretches.collect_keys(reader, shown, keys_side, limits, parts)
                 looked.keep(reader, path, backend, limits)
                 return Clip(frames, reader.times[index], reader.info, index, shown=shown)
