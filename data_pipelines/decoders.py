@@ -59,6 +59,12 @@ class PyAVReader(Reader):
         other._container, other._stream = other._open()
         return other
 
+    def facts(self) -> "PyAVReader":
+        """What is known of the file, to be forked later: nothing is open, the time to decode begins anew."""
+        other = super().facts()
+        other._containers, other._pass, other._first, other._container, other._stream = [], None, None, None, None
+        return other
+
     def _open(self):
         options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers, "err_detect": _STRICT}
         try:

@@ -25,6 +25,8 @@ PATCH_STD = np.repeat(STD, TEMPORAL * PATCH * PATCH)
 # Part of a memory's fingerprint: change it whenever `resize_frames` gives other pixels (test_patches.py notices).
 RESIZE = "antialiased bicubic -0.5, rounded once"
 
+MOST_THREADS = 8  # that resize: numpy's many short calls take turns at the interpreter's lock
+
 IMAGE_MIN_PIXELS = 4 * 28 * 28
 IMAGE_MAX_PIXELS = 16384 * 28 * 28
 VIDEO_MIN_PIXELS = 128 * 28 * 28
@@ -165,7 +167,7 @@ def _each(frames: np.ndarray, out: np.ndarray, one: Callable, threads: int) -> n
         for i in range(len(frames)):
             run(i)
         return out
-    with concurrent.futures.ThreadPoolExecutor(min(threads, len(frames))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(threads, len(frames), MOST_THREADS)) as pool:
         list(pool.map(run, range(len(frames))))
     return out
 
@@ -230,10 +232,10 @@ def resize_frames(
     return _each(frames, np.empty((len(frames), height, width, frames.shape[-1]), np.uint8), one, threads)
 
 
-def frames_to_pixel_patches(frames: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+def frames_to_pixel_patches(frames: np.ndarray, threads: int = 1) -> tuple[np.ndarray, tuple[int, int, int]]:
     """uint8 [T, H, W, 3] -> uint8 patches [t, n, 1176] and grid (t, h, w) in patches; n = h * w.
 
-    An odd T repeats its last frame. ValueError unless H and W are multiples of 28.
+    `threads` share the temporal patches. An odd T repeats its last frame. ValueError unless H, W are multiples of 28.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0 or frames.dtype != np.uint8:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, not uint8 [T, H, W, 3]")
@@ -245,7 +247,9 @@ def frames_to_pixel_patches(frames: np.ndarray) -> tuple[np.ndarray, tuple[int, 
     t, rows, cols = count // TEMPORAL, height // FACTOR, width // FACTOR
     blocks = frames.reshape(t, TEMPORAL, rows, MERGE, PATCH, cols, MERGE, PATCH, 3)
     patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # t, block row, block col, row, col, C, frame, y, x
-    return patches.reshape(t, rows * cols * MERGE**2, -1), (t, rows * MERGE, cols * MERGE)
+    out = np.empty((t, rows * cols * MERGE**2, PATCH_MEAN.size), np.uint8)
+    _each(patches, out, lambda patch: patch.reshape(out.shape[1:]), threads)
+    return out, (t, rows * MERGE, cols * MERGE)
 
 
 def normalise_patches(patches):

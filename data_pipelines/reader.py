@@ -1,5 +1,6 @@
 """What both decoders share: a video file's facts, its limits, and the frames asked for in one forward pass."""
 
+import copy
 import os
 import time
 
@@ -55,6 +56,12 @@ class Reader:
 
     def _rotate(self, frame: np.ndarray) -> np.ndarray:
         return np.rot90(frame, self._turns) if self._turns else frame
+
+    def facts(self) -> "Reader":
+        """What is known of the file, to be forked later: nothing is open, the time to decode begins anew."""
+        other = copy.copy(self)
+        other._deadline = time.monotonic() + self.limits.decode_seconds
+        return other
 
     def close(self):
         pass

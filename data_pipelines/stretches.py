@@ -8,11 +8,10 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipelines.containers import Limits, VideoError
-from data_pipelines.patches import VideoBudget, resize_frames, squash
+from data_pipelines.patches import MOST_THREADS, VideoBudget, resize_frames, squash
 
 _HELD = 1 << 30  # bytes of packets and pictures that the readers of all stretches may hold
 _TAKEN = 8  # frames that are decoded while one is converted to RGB and resized
-_RESIZERS = 16  # threads that resize beside those that decode; more wait for each other
 
 
 def cut(starts, wanted: np.ndarray, parts: int) -> list[slice]:
@@ -120,7 +119,7 @@ def collect(
         with reader.fork(threads or max(1, parts // len(shares))) as own:
             fill(own, rows, put)
 
-    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool, _Resizers(min(parts, _RESIZERS)) as resizers:
+    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool, _Resizers(min(parts, MOST_THREADS)) as resizers:
         put = write if resize is None else lambda *args: resizers.put(write, *args)
         list(pool.map(lambda rows: alone(rows, put), shares))  # the first error in the order of the file is raised
     return out

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_pipelines import stretches
+from data_pipelines import looked, stretches
 from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, VideoInfo, check_sha256
 from data_pipelines.decoders import open_reader
 from data_pipelines.patches import VideoBudget
@@ -161,8 +161,9 @@ def read_frames(
         picture; with the hash every change is an error.
       rows: take these alone of the frames that would be taken, increasing from 0 on; the same frames.
       keys_within: a first look that decodes key frames alone. Where none of the frames to take is more than so many
-        seconds after its key frame, and `FEWEST_KEYS` differ, the key frame at or before each stands for it, squashed
-        to keys_side x keys_side; `Clip.shown` has their numbers. Otherwise as without.
+        seconds after its key frame, the key frame at or before each stands for it, squashed to keys_side x keys_side;
+        `Clip.shown` has their numbers. As without, where those are fewer than `FEWEST_KEYS`, or not half as many as
+        the frames to take: little would be left out.
 
     Returns:
       A Clip of an even number of frames; after an odd number the last is repeated, so one frame gives two.
@@ -170,7 +171,7 @@ def read_frames(
     Raises:
       VideoError: missing, not a video, no picture, damaged or shorter than it announces, beyond a limit.
     """
-    with open_reader(path, backend, limits, threads if parts == 1 else threads or 1) as reader:
+    with _opened(path, backend, limits, threads, parts, rows is not None) as reader:
         if sha256 is not None:
             check_sha256(path, sha256)
         try:
@@ -190,14 +191,23 @@ def read_frames(
             index = np.append(index, index[-1])
         if keys_within is not None:
             shown = stretches.key_frames(reader, index, keys_within)
-            if len(np.unique(shown)) >= FEWEST_KEYS:
+            if FEWEST_KEYS <= len(np.unique(shown)) <= len(np.unique(index)) // 2:
                 frames = stretches.collect_keys(reader, shown, keys_side, limits, parts)
+                looked.keep(reader, path, backend, limits)
                 return Clip(frames, reader.times[index], reader.info, index, shown=shown)
         count = len(index)
         if rows is not None:
             index = _chosen(path, index, rows)
         frames = stretches.collect(reader, index, resize, limits, parts, threads, count)
         return Clip(frames, reader.times[index], reader.info, index)
+
+
+def _opened(path, backend: str, limits: Limits, threads: int | None, parts: int, chosen: bool):
+    """A reader; of a file that was looked at before, and now `chosen` rows are read, without scanning it again."""
+    known = looked.take(path, backend, limits) if chosen else None
+    if known is None:
+        return open_reader(path, backend, limits, threads if parts == 1 else threads or 1)
+    return known.fork(threads) if parts == 1 else known
 
 
 def _chosen(path, index: np.ndarray, rows) -> np.ndarray:

@@ -1,12 +1,13 @@
 """A first look at key frames, and rows of the sampled frames read later: the same frames as ever."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 from test_video import encode
 
-from data_pipelines import patches, sandbox, stretches
+from data_pipelines import decoders, patches, sandbox, stretches
 from data_pipelines.decoders import open_reader
 from data_pipelines.video import VideoError, read_frames
 
@@ -38,8 +39,8 @@ def test_rows_are_those_of_the_whole(tmp_path, backend, parts):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_key_frames_stand_for_the_frames_after_them(tmp_path, parts):
     path = encode(tmp_path / "a.mp4", 100, gop=12)
-    usual = read_frames(path, fps=5.0)
-    look = read_frames(path, fps=5.0, keys_within=1.0, keys_side=28, parts=parts)
+    usual = read_frames(path, fps=8.0)
+    look = read_frames(path, fps=8.0, keys_within=1.0, keys_side=28, parts=parts)
     assert (look.index == usual.index).all() and (look.seconds == usual.seconds).all() and usual.shown is None
     assert look.seconds_per_patch == usual.seconds_per_patch
     every = read_frames(path, fps=None).frames
@@ -49,12 +50,29 @@ def test_key_frames_stand_for_the_frames_after_them(tmp_path, parts):
     assert (look.frames == patches.squash(every[look.shown], 28)).all()
 
 
-@pytest.mark.parametrize("how", [{"backend": "opencv"}, {"keys_within": 0.1}, {"num_frames": 2}])
-def test_where_key_frames_are_too_sparse_nothing_changes(tmp_path, how):
+@pytest.mark.parametrize("how", [{"backend": "opencv"}, {"keys_within": 0.1}, {"num_frames": 2}, {"fps": 2.0}])
+def test_where_key_frames_are_too_sparse_or_too_many_nothing_changes(tmp_path, how):
     path = encode(tmp_path / "a.mp4", 100, gop=12)
-    usual = {name: value for name, value in how.items() if name != "keys_within"}
-    look, clip = read_frames(path, **{"keys_within": 5.0} | how), read_frames(path, **usual)
+    usual = {"fps": 8.0} | {name: value for name, value in how.items() if name != "keys_within"}
+    look, clip = read_frames(path, **{"keys_within": 5.0, "fps": 8.0} | how), read_frames(path, **usual)
     assert look.shown is None and (look.frames == clip.frames).all()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_file_that_was_looked_at_is_not_scanned_again_unless_it_changed(tmp_path, parts, monkeypatch):
+    path, scans = encode(tmp_path / "a.mp4", 100, gop=12), []
+    scan = decoders.PyAVReader._scan
+    monkeypatch.setattr(decoders.PyAVReader, "_scan", lambda self, keep: scans.append(1) or scan(self, keep))
+    usual, how = read_frames(path, fps=8.0).frames, {"fps": 8.0, "parts": parts}
+    scans.clear()
+    for _ in range(2):
+        read_frames(path, keys_within=5.0, **how)
+        assert (read_frames(path, rows=[1, 2, 9], **how).frames == usual[[1, 2, 9]]).all()
+    assert len(scans) == 2
+    read_frames(path, keys_within=5.0, **how)
+    other = encode(tmp_path / "b.mp4", 60, gop=12)
+    os.replace(other, path)
+    assert read_frames(path, rows=[0], **how).info.num_frames == 60 and len(scans) == 4
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -72,7 +90,7 @@ def test_a_key_frame_decoded_alone_is_the_one_decoded_in_passing(test_data, name
 def test_a_child_process_tells_which_key_frames_it_shows(tmp_path):
     path = encode(tmp_path / "a.mp4", 100, gop=12)
     with sandbox.Pool(1) as pool:
-        for how in ({"keys_within": 5.0, "keys_side": 28}, {"rows": np.array([1, 4])}, {}):
+        for how in ({"fps": 8.0, "keys_within": 5.0, "keys_side": 28}, {"rows": np.array([1, 4])}, {}):
             here, there = read_frames(path, **how), pool.read_frames(path, **how)
             for field in dataclasses.fields(here):
                 if field.name not in ("info", "warnings"):

@@ -111,8 +111,9 @@ class Host:
             if chosen is not None:
                 frames = frames[frame_rows(chosen)]
             if frames.shape[1:3] == self.size:
-                return patches.frames_to_pixel_patches(frames)
-            return patches.frames_to_pixel_patches(patches.resize_frames(frames, *size, threads=self.threads))
+                return patches.frames_to_pixel_patches(frames, self.threads)
+            resized = patches.resize_frames(frames, *size, threads=self.threads)
+            return patches.frames_to_pixel_patches(resized, self.threads)
 
         done = self.each(one, clips, slots or [None] * len(clips))
         return [pixels for pixels, _ in done], done[0][1][1:]

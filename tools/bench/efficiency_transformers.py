@@ -9,7 +9,7 @@ each figure once, and again when they are medians, so that a run that is stopped
 """
 
 import argparse
-import json
+import functools
 import sys
 import time
 
@@ -19,6 +19,7 @@ import torch
 from data_pipelines.patches import PATCH_MEAN, PATCH_STD
 from marc_jax.models import qwen25_vl
 from tools.bench import model as shapes
+from tools.bench import reference
 from tools.bench.efficiency_stages import Host, Row
 from tools.bench.model_transformers import NEW, inputs_of, load, timed
 
@@ -72,16 +73,12 @@ def main(argv=None) -> int:
     rows = [Row(*map(int, row.split("x")), args.frames) for row in args.rows.split(",")]
     begun = time.perf_counter()
     print("transformers: imported; loading", file=sys.stderr, flush=True)
-    net, out = load(cfg, device), {}
+    net = load(cfg, device)
     print(f"transformers: loaded in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
-    for row in sorted(rows, key=lambda row: row.cap * row.batch):
-        try:
-            for figures in measure(cfg, net, args.video, row, device):
-                out[row.key] = figures
-                print(f"transformers: {row.key}: {out[row.key]}", file=sys.stderr, flush=True)
-                print(json.dumps(out), flush=True)
-        except Exception as e:  # a row that fails leaves its place empty, the others are measured
-            print(f"transformers: {row.key}: {type(e).__name__}: {str(e)[:200]}", file=sys.stderr)
+    rows.sort(key=lambda row: row.cap * row.batch)
+    reference.report(
+        (row.key, row.key, functools.partial(measure, cfg, net, args.video, row, device)) for row in rows
+    )  # fmt: skip
     return 0
 
 

@@ -7,7 +7,6 @@ sdpa attention, random bfloat16 weights; `--mode=compiled` decodes with a static
 """
 
 import argparse
-import json
 import sys
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from marc_jax.models import qwen25_vl, weights
 from tools.bench import model as bench
-from tools.bench import timing
+from tools.bench import reference, timing
 
 NEW = 32  # tokens per decoding measurement; eager decoding takes tens of milliseconds each
 
@@ -89,18 +88,14 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = qwen25_vl.tiny() if args.size == "tiny" else qwen25_vl.qwen25_vl(args.size)
-    net, out = load(cfg, device), {}
-    for case in sorted(bench.CASES, key=lambda case: case.visual_tokens * case.batch):
-        if (args.rows and case.key not in args.rows.split(",")) or case.bits != 16 or case.layout == "plain":
-            continue
-        if args.mode == "compiled" and case.kind not in ("decode", "first"):
-            continue
-        try:
-            out[case.key] = measure(cfg, net, case, args.mode, args.repeats, device)
-            print(f"transformers {args.mode}: {case.title}: {out[case.key]:.2f} ms", file=sys.stderr, flush=True)
-            print(json.dumps(out), flush=True)
-        except Exception as e:  # a row that fails leaves its place empty, the others are measured
-            print(f"transformers {args.mode}: {case.title}: {type(e).__name__}: {str(e)[:200]}", file=sys.stderr)
+    net = load(cfg, device)
+    kinds = ("decode", "first") if args.mode == "compiled" else ("vision", "prefill", "decode", "first")
+    ours = [c for c in bench.CASES if c.kind in kinds and c.bits == 16 and c.layout != "plain"]
+    chosen = [c for c in ours if not args.rows or c.key in args.rows.split(",")]
+    reference.report(
+        (c.key, f"{args.mode}, {c.title}", lambda c=c: [measure(cfg, net, c, args.mode, args.repeats, device)])
+        for c in sorted(chosen, key=lambda c: c.visual_tokens * c.batch)
+    )  # fmt: skip
     return 0
 
 

@@ -8,7 +8,6 @@ is frozen and the visual tokens are given, as in ours.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ import time
 import torch
 
 from marc_jax.models import qwen25_vl
+from tools.bench import reference
 from tools.bench import train as bench
 from tools.bench.model_transformers import load
 
@@ -70,22 +70,16 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = qwen25_vl.tiny() if args.size == "tiny" else qwen25_vl.qwen25_vl(args.size)
-    net, out = load(cfg, device), {}
+    net = load(cfg, device)
     net.model.visual.requires_grad_(False)
     net.train()
     net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [w for w in net.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.01, fused=True)
-    for case in bench.CASES:
-        if case.peer != case.key or (args.rows and case.key not in args.rows.split(",")):
-            continue
-        try:
-            row = out[case.key] = measure(net, optimizer, case, args.repeats, device)
-            told = f"{row['ms']:.1f} ms, {row['peak_bytes'] / 2**30:.2f} GiB"
-            print(f"transformers: {case.title}: {told}", file=sys.stderr, flush=True)
-            print(json.dumps(out), flush=True)
-        except Exception as e:  # a row that fails leaves its place empty, the others are measured
-            print(f"transformers: {case.title}: {type(e).__name__}: {str(e)[:300]}", file=sys.stderr, flush=True)
+    chosen = [c for c in bench.CASES if c.peer == c.key and (not args.rows or c.key in args.rows.split(","))]
+    reference.report(
+        (c.key, c.title, lambda c=c: [measure(net, optimizer, c, args.repeats, device)]) for c in chosen
+    )  # fmt: skip
     return 0
 
 
