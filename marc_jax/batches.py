@@ -241,6 +241,7 @@ class Asked:
       shapes: of each video, where they differ.
       bank: the videos' own patches [B, T, n, C], where the run holds none.
       query_bd: embeddings of the questions where they are known.
+      real_b: bool [B], False for those that only fill a packed row up; None: all are real.
     """
 
     videos: Videos
@@ -251,6 +252,7 @@ class Asked:
     shapes: tuple[Shape, ...] | None = None
     bank: np.ndarray | None = None
     query_bd: np.ndarray | None = None
+    real_b: np.ndarray | None = None
 
     @classmethod
     def joined(cls, parts: list["Asked"]) -> "Asked":

@@ -110,9 +110,8 @@ def _counted(key: str, file, records, errors, total: int, more: str = "") -> lis
 
 def _stage(config, here: run.Run | None, name: str) -> str:
     c = config[name]
-    text = f"stage {name} ({c.kind}): {c.steps:,} steps of {c.videos} questions" + (
-        f", from {c.init}" if c.init else ""
-    )
+    what = f"packed rows of {c.max_length:,} tokens" if c.get("packing", False) else "questions"
+    text = f"stage {name} ({c.kind}): {c.steps:,} steps of {c.videos} {what}" + (f", from {c.init}" if c.init else "")
     if "view" in c:
         text += f"; reads {c.view}{_reads(here, c.view)}"
     if stage_settings.needs_teacher(c):

@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -26,6 +26,8 @@ from marc_jax.batches import Asked, Shape, Videos
 from marc_jax.config import ConfigError
 from marc_jax.media import media_key, open_indexer, remember
 from marc_jax.memory import encoders, indexer, store
+from marc_jax.memory.view import View
+from marc_jax.rl import packing
 from marc_jax.run import Run, chosen_encoder
 
 READERS = 4  # threads that read a batch's features
@@ -60,11 +62,63 @@ class Records:
         hold the end of one and the beginning of the next.
         """
         del events, types  # of the synthetic set
-        seed, rows, together = zlib.crc32(f"{self._seed}/{stage}".encode()), [], self._together(per_video)
-        for position in range(step * videos, (step + 1) * videos):
-            epoch, at = divmod(position, len(together))
-            rows.append(together[int(loader.epoch_order(len(together), seed, epoch)[at])])
-        return self._asked(rows)
+        return self._asked(self._of_step(stage, step, videos, self._together(per_video)))
+
+    def draw_packed(self, stage: str, step: int, rows: int, packs: "Packs") -> Asked:
+        """The questions of one step, `packs.segments` places in each packed row; as `draw`, with rows for questions.
+
+        What a row leaves free is filled with its first question, which is not real.
+        """
+        drawn = self._of_step(stage, step, rows, packs.rows)
+        asked = self._asked([(i,) for row in drawn for i in (*row, *row[:1] * (packs.segments - len(row)))])
+        real_b = np.concatenate([np.arange(packs.segments) < len(row) for row in drawn])
+        return dataclasses.replace(asked, real_b=real_b)
+
+    def _of_step(self, stage: str, step: int, count: int, rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """`count` of the rows, which are shuffled anew each epoch."""
+        seed, drawn = zlib.crc32(f"{self._seed}/{stage}".encode()), []
+        for position in range(step * count, (step + 1) * count):
+            epoch, at = divmod(position, len(rows))
+            drawn.append(rows[int(loader.epoch_order(len(rows), seed, epoch)[at])])
+        return drawn
+
+    def packs(self, name: str, views: dict[str, View], max_length: int, max_segments: int) -> "Packs":
+        """All questions in rows of `max_length` tokens, each at the most that one of the views reads of it.
+
+        Raises:
+          ConfigError: a question is longer than config[name].max_length.
+        """
+        key = (*views.values(), max_length, max_segments)
+        if key not in self._packs:
+            lengths_n, targets_n = self._lengths(views.values())
+            if (over := np.flatnonzero(lengths_n > max_length)).size:
+                longest, seen = lengths_n.max(), " or ".join(map(repr, views))
+                one = self._records[int(lengths_n.argmax())]
+                raise ConfigError(
+                    f"config.{name}.max_length = {max_length}: {len(over)} of {len(lengths_n)} questions are longer, "
+                    f"read through {seen}; the longest, row {one.row} of the file ({one.path}), has {longest} tokens: "
+                    f"set max_length to {longest}, or read fewer frames or tokens of each"
+                )
+            rows = packing.best_fit_decreasing(lengths_n, max_length, max_segments)
+            targets = max(int(targets_n[list(row)].sum()) for row in rows)
+            self._packs[key] = Packs(rows, max(map(len, rows)), targets, int(lengths_n.sum()))
+        return self._packs[key]
+
+    def _lengths(self, views: Iterable[View]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every question with its answer, the most that one of the views reads; those of its answer."""
+        count, blank = self._prompter.tokenizer.counts, Shape("video", (1, 1), 0.0)
+        around = sum(self._prompter.words("", blank))
+        targets_n = np.array(count(record.target for record in self._records)) + 1  # the stop token
+        heads = [self._memory.head(media_key(record)) for record in self._records]
+        patches_n = [len(head.seconds) for head in heads]
+        own_n = [int(np.prod(self._shape(*pair).hw)) for pair in zip(self._records, heads, strict=True)]
+        asked = [sources.question_text(r.problem, r.problem_type, r.options, self._style) for r in self._records]
+        longest_n, event = np.zeros(len(heads), int), self.sizes.event
+        for view in views:
+            said = view.told(view.kept(self._buckets[-1], event), self._patches)
+            read_n = [view.most(patches, own, event) for patches, own in zip(patches_n, own_n, strict=True)]
+            longest_n = np.maximum(longest_n, np.array(count(said + text for text in asked)) + read_n)
+        return longest_n + around + targets_n, targets_n
 
     def _together(self, most: int) -> list[tuple[int, ...]]:
         """All questions, up to `most` about the same medium together."""
@@ -124,6 +178,23 @@ class Records:
     def files(self, asked: Asked) -> list[list[str]]:
         """The file of each question."""
         return [[record.path for record in row] for row in asked.questions_bg]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packs:
+    """Which questions lie in one row.
+
+    Attributes:
+      rows: numbers of the questions in each.
+      segments: most questions of a row.
+      targets: most tokens of the answers in a row.
+      tokens: of all questions, at most.
+    """
+
+    rows: list[tuple[int, ...]]
+    segments: int
+    targets: int
+    tokens: int
 
 
 def bucket(count: int, buckets: Sequence[int]) -> int:

@@ -98,9 +98,18 @@ def drawn(run: Run, name: str, number: int):
     """The videos and questions of step `number`, from 0."""
     stage = run.config[name]
     source, per_video = run.sources[stage.file], stage.get("questions", 1)
+    if stage.get("packing", False):
+        return source.draw_packed(name, number, stage.videos, packs(run, name))
     if stage.get("records", 0):
         return source.again(name, number, stage.records, stage.videos, per_video, stage.events, stage.types)
     return source.draw(name, number, stage.videos, per_video, stage.events, stage.types)
+
+
+def packs(run: Run, name: str):
+    """The questions of a stage that packs them, row by row; ConfigError where one is too long for a row."""
+    stage = run.config[name]
+    views = {view: run.view(view) for view in stage_settings.ladder(stage)}
+    return run.sources[stage.file].packs(name, views, stage.max_length, stage.max_segments)
 
 
 def prompt_pair(run: Run, name: str, number: int, view: views.View, full: views.View):

@@ -45,6 +45,9 @@ def stage(kind: str) -> ConfigDict:
     `lora.rank` > 0 freezes the model and trains adapters of the kernels that `lora.patterns` match in place of
     `trainable`, and beside them, whole, the parameters that `lora.whole` match.
 
+    Of sft: `questions` about one video share its tokens; or `packing` lays those of several videos end to end, up to
+    `max_segments` in a row of `max_length` tokens, and `videos` counts such rows.
+
     Of distill: `on_policy`: the student samples, else the teacher; `divergence`, `mix`, `top_k` of `rl.step`.
 
     Of cgrpo (grpo: the same through every token, alpha 0): `rewards`, names of ours ("accuracy", "strict_accuracy",
@@ -79,7 +82,9 @@ def stage(kind: str) -> ConfigDict:
         "loss": dict.fromkeys(LOSS), "advantage": dict.fromkeys(ADVANTAGE),
     }  # fmt: skip
     c = ConfigDict(common | {
-        "sft": trained | {"questions": 1, "blind": 0.0},
+        "sft": trained | {
+            "questions": 1, "blind": 0.0, "packing": False, "max_length": 4096, "max_segments": 16,
+        },
         "retriever": {"visual": "features", "in_batch": 0.0},
         "distill": trained | judged | {"on_policy": True, "divergence": "reverse", "mix": 0.5, "top_k": 0},
         "cgrpo": grouped, "grpo": grouped | {"alpha": 0.0},
@@ -157,6 +162,8 @@ def problems(config, name: str, done: list[str], on_files: bool) -> list[str]:
         wrong.append(f"{name}.records = {c.records} must be a multiple of {name}.videos = {c.videos}; 0 on files")
     if c.lora.rank < 0 or c.lora.alpha <= 0:
         wrong.append(f"{name}.lora: rank must not be negative and alpha must be positive")
+    if c.kind == "sft" and c.packing:
+        wrong += _packing_problems(name, c, on_files)
     if c.kind == "distill":
         wrong += _distill_problems(name, c)
     if c.kind in ("distill", *GROUPED):
@@ -166,6 +173,17 @@ def problems(config, name: str, done: list[str], on_files: bool) -> list[str]:
         if c.temperature <= 0:
             wrong.append(f"{name}.temperature = {c.temperature} must be positive: rollouts are sampled")
     return wrong + (_group_problems(name, c) if c.kind in GROUPED else [])
+
+
+def _packing_problems(name: str, c, on_files: bool) -> list[str]:
+    wrong = []
+    if not on_files:
+        wrong.append(f"{name}.packing is for files: rows of the synthetic set are all of about one length")
+    if c.questions != 1:
+        wrong.append(f"{name}.packing: {name}.questions = {c.questions} share one video's tokens already; set it to 1")
+    if min(c.max_length, c.max_segments) < 1:
+        wrong.append(f"{name}.max_length and {name}.max_segments must be at least 1")
+    return wrong
 
 
 def _distill_problems(name: str, c) -> list[str]:

@@ -10,9 +10,11 @@ Batches are drawn on the host while the device computes; everything random is a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -66,16 +68,25 @@ def samples(run: Run, name: str, number: int) -> dict[str, dict]:
 
 
 def sft(run: Run, name: str, begun: parts.Begun, view: views.View) -> tuple[Callable, Callable]:
-    """(draw, learn) through one view. Questions about one video share the prompt up to its last visual token."""
+    """(draw, learn) through one view. Questions about one video share the prompt up to its last visual token.
+
+    With `packing` those of several videos lie end to end in a row; what is drawn is the same, one question per video.
+    """
     stage, most, g = run.config[name], run.sizes.event, run.config[name].questions
-    many = {"micro_batches": stage.micro_batches, **run.binding}
-    update = step.make_sft_step(run.cfg, parts.encoder(run, view), begun.tx, **many)
+    make, many = step.make_sft_step, {"micro_batches": stage.micro_batches, **run.binding}
+    if stage.packing:
+        rows = parts.packs(run, name)
+        make = functools.partial(
+            step.make_packed_sft_step, segments=rows.segments, max_length=stage.max_length, targets=rows.targets
+        )
+    update = make(run.cfg, parts.encoder(run, view), begun.tx, **many)
 
     def advance(now, bank, index, retriever, queries, prompt, tokens, mask, train):
         query = embedded(view, retriever, queries)
         visual = views.select(view, index, query, bank, most, now.step_key)
         now, values = update(now, step.SFTBatch(prompt, visual, tokens, mask, train))
-        return now, values | parts.work(parts.tokens(prompt, mask))
+        read = values["packed_fill"][0].astype(jnp.float32) if stage.packing else parts.tokens(prompt, mask)
+        return now, values | parts.work(read)
 
     advance = parts.jit(advance, begun.first)
 
@@ -88,7 +99,10 @@ def sft(run: Run, name: str, begun: parts.Begun, view: views.View) -> tuple[Call
         texts_bg, answers_bg = ([row + row[:1] * (g - len(row)) for row in x] for x in (texts_bg, asked.answers_bg))
         real_bg1 = (np.arange(g) < np.array([[len(row)] for row in asked.questions_bg]))[..., None]
         prompt, tokens, mask, train = run.prompter.split(texts_bg, answers_bg, kept, lengths, sizes, asked.shapes)
-        blind = np.arange(stage.videos) < stage.blind * stage.videos
+        if asked.real_b is not None:
+            real_bg1 &= asked.real_b[:, None, None]
+            prompt = dataclasses.replace(prompt, mask_bp=prompt.mask_bp & asked.real_b[:, None])
+        blind = np.arange(len(lengths)) < stage.blind * len(lengths)
         index = dataclasses.replace(index, mask_bt=index.mask_bt & ~blind[:, None])
         queries = run.queries(asked, [row[0] for row in asked.problems_bg])
         return run.split(asked.bank, index, queries, prompt, tokens, mask & real_bg1, train & real_bg1)

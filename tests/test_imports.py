@@ -22,6 +22,7 @@ PURE = (
     "marc_jax.rl.answers",
     "marc_jax.rl.logprob",
     "marc_jax.rl.loss",
+    "marc_jax.rl.packing",
     "marc_jax.rl.parity",
     "marc_jax.rl.rewards",
     "marc_jax.evaluation.intervals",

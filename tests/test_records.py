@@ -269,17 +269,63 @@ def test_steps_are_functions_of_their_number_and_epochs_meet_every_question_once
 def test_several_questions_about_one_video_share_a_row(trained, place):
     """Their loss is that of the same questions in rows of their own, token by token."""
     here, source = opened(trained, place)
-    losses, mesh = {}, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    for questions, videos in ((2, 3), (1, 5)):
-        stage = here.config.sft.copy_and_resolve_references()
-        stage.update(view="whole", questions=questions, videos=videos, init="")
-        config = here.config.copy_and_resolve_references()
-        config.sft = stage
-        now = dataclasses.replace(here, config=config, mesh=mesh, sources={stage.file: source})
-        first, draw, learn, _ = stages.build(now, "sft")
-        losses[questions] = jax.device_get(learn(first, draw(0))[1]["loss"])
-    assert losses[2][1] == losses[1][1]
-    np.testing.assert_allclose(losses[2][0], losses[1][0], rtol=1e-5)
+    shared, own = (sft_step(here, source, view="whole", questions=n, videos=rows) for n, rows in ((2, 3), (1, 5)))
+    assert shared["loss"][1] == own["loss"][1]
+    np.testing.assert_allclose(shared["loss"][0], own["loss"][0], rtol=1e-5)
+
+
+def sft_step(here, source, **keys):
+    """Metrics of an SFT stage's first step, with these keys of its settings."""
+    config = here.config.copy_and_resolve_references()
+    config.sft.update(init="", **keys)
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    now = dataclasses.replace(here, config=config, mesh=mesh, sources={config.sft.file: source})
+    first, draw, learn, _ = stages.build(now, "sft")
+    return jax.device_get(learn(first, draw(0))[1])
+
+
+def packed_rows(here, source, view):
+    """(Packs, their max_length): as long as the two longest questions through this view together."""
+    max_length = int(np.sort(source._lengths([here.view(view)])[0])[-2:].sum())
+    return source.packs("sft", {view: here.view(view)}, max_length, 3), max_length
+
+
+@pytest.mark.parametrize("view", ["full", "marc"])
+def test_packed_questions_have_the_loss_and_gradient_of_rows_of_their_own(trained, place, view):
+    """All five about two videos and a picture, through every token and through what a question retrieves."""
+    here, source = opened(trained, place)
+    packs, max_length = packed_rows(here, source, view)
+    keys = {"view": view, "max_length": max_length, "max_segments": 3}
+    packed = sft_step(here, source, packing=True, videos=len(packs.rows), **keys)
+    own = sft_step(here, source, videos=5, **keys)
+    assert len(packs.rows) == 3 and packed["loss"][1] == own["loss"][1]
+    np.testing.assert_allclose(packed["loss"][0], own["loss"][0], rtol=1e-5)
+    np.testing.assert_allclose(packed["grad_norm"], own["grad_norm"], rtol=1e-4)
+    real, places = packed["packed_fill"]
+    assert places == 3 * max_length and real == packed["num_tokens"] == packs.tokens
+
+
+def test_packed_steps_are_functions_of_their_number_and_meet_every_question_once(trained, place):
+    here, source = opened(trained, place)
+    packs, max_length = packed_rows(here, source, "full")
+    assert len(packs.rows) == 3 and packs is source.packs("sft", {"full": here.view("full")}, max_length, 3)
+    draws = [source.draw_packed("sft", step, 1, packs) for step in range(2 * len(packs.rows))]
+    again = source.draw_packed("sft", 3, 1, packs)
+    assert again.ids_b.tolist() == draws[3].ids_b.tolist() and (again.bank == draws[3].bank).all()
+    seen = [asked.ids_b[asked.real_b].tolist() for asked in draws]
+    for epoch in (seen[: len(packs.rows)], seen[len(packs.rows) :]):
+        assert sorted(i for row in epoch for i in row) == list(range(5))
+    assert all(len(asked.ids_b) == packs.segments for asked in draws)
+
+
+def test_a_question_that_no_packed_row_holds_is_one_line(trained, place):
+    here, source = opened(trained, place)
+    lengths = source._lengths([here.view("full")])[0]
+    most, i = lengths.max(), lengths.argmax()
+    for shorter, count in ((1, (lengths == most).sum()), (most, 5)):
+        words = f"max_length = {most - shorter}: {count} of 5 questions are longer, .*'full'; the longest, row {i} .*"
+        with pytest.raises(ConfigError, match=f"{words}has {most} tokens: set max_length to {most}"):
+            source.packs("sft", {"full": here.view("full")}, most - shorter, 3)
 
 
 def test_rows_that_cannot_be_used_are_listed_and_left_out_only_on_request(trained, place):
@@ -343,12 +389,13 @@ def test_what_a_preset_cannot_know_is_asked_for_at_once(place):
         ("views.evs.method=visionzip", "views.evs: 'visionzip' needs the pixels, and a run on files reads stored"),
         ("views.uniform.shrink=2", "views.uniform: shrink = 2 needs the pixels"),
         ("views.uniform.select=bolt", "views.uniform: 'bolt' needs an embedding of every patch, and files have those"),
+        ("sft.packing=True --config.sft.questions=2", "sft.packing: sft.questions = 2 share one video's"),
         ("cgrpo.micro_batches=3", "cgrpo.micro_batches = 3 must divide cgrpo.videos = 2"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(place, change, words):
     with pytest.raises(ConfigError, match=words):
-        settings.experiment(str(place / "tiny.py"), [f"--config.{change}"])
+        settings.experiment(str(place / "tiny.py"), [f"--{part}" for part in f"config.{change}".split(" --")])
 
 
 @pytest.mark.parametrize("height,width,want", [(270, 480, 120), (480, 640, 130), (240, 320, 140), (320, 320, 144)])

@@ -236,6 +236,7 @@ class Case:
 
     def __init__(self, here, stage, shapes: Shapes, attention: str):
         self.here, self.stage, self.shapes, self.cfg = here, stage, shapes, here.cfg
+        self.videos = stage.videos * (stage.max_segments if stage.get("packing", False) else 1)
         self.bind = here.binding | {"attention": attention}
         self.frozen = jnp.dtype(here.config.model.frozen_dtype)
         self.tx = optim.make(stage.optimizer, stage.steps)
@@ -248,9 +249,9 @@ class Case:
 
     def seen(self, name: str, rest: int, b: int = 0):
         """(encode, prompt, visual) of a view; `rest`: tokens of a prompt behind its visual ones; `b`: videos."""
-        here, stage, sizes = self.here, self.stage, self.here.sizes
+        here, sizes = self.here, self.here.sizes
         view, varied = here.view(name), settings.on_files(here.config)
-        per_patch, b = here.grid_hw[0] * here.grid_hw[1], b or stage.videos
+        per_patch, b = here.grid_hw[0] * here.grid_hw[1], b or self.videos
         width, dtype = self._patch()
         count = view.patches(sizes.patches, sizes.event)
         visual = self.shapes.visual(b, count, per_patch, width, dtype, varied=varied)
@@ -265,11 +266,15 @@ class Case:
         return self.cfg.vision.hidden_size, jnp.bfloat16 if settings.on_files(self.here.config) else jnp.float32
 
     def update(self) -> Program:
-        stage, sizes, shapes, b = self.stage, self.here.sizes, self.shapes, self.stage.videos
+        stage, sizes, shapes, b = self.stage, self.here.sizes, self.shapes, self.videos
         many = self.bind | {"micro_batches": stage.micro_batches}
         if stage.kind == "sft":
             look, *batch = self.seen(stage.view, 0)
-            make = step.make_sft_step(self.cfg, look, self.tx, **many)
+            make = step.make_sft_step
+            if stage.packing:
+                most = {"segments": stage.max_segments, "max_length": stage.max_length, "targets": stage.max_length}
+                make = functools.partial(step.make_packed_sft_step, **most)
+            make = make(self.cfg, look, self.tx, **many)
             return self._program(make, shapes.sft(*batch, b, stage.questions, sizes.asked + sizes.answer))
         look, *batch = self.seen(stage.view, sizes.asked)
         done = shapes.completions(b, stage.group, self.how.max_new)
@@ -293,7 +298,7 @@ class Case:
 
     def retrieve(self) -> Program:
         """The choice of temporal patches, by the question's embedding where the view retrieves."""
-        here, b = self.here, self.stage.videos
+        here, b = self.here, self.videos
         view, sizes, varied = here.view(self.stage.view), here.sizes, settings.on_files(here.config)
         per_patch, (width, dtype) = here.grid_hw[0] * here.grid_hw[1], self._patch()
         bank = self.shapes.rows((b, sizes.patches, per_patch, width), dtype)
@@ -324,4 +329,4 @@ class Case:
     def _sampling(self, view: str, params, group: int, how=None, b: int = 0) -> Program:
         look, *batch = self.seen(view, self.here.sizes.asked, b)
         sample = step.make_sampler(self.cfg, look, how or self.how, **self.bind)
-        return Program(sample, (params, *batch, self.shapes.keys(b or self.stage.videos, group)))
+        return Program(sample, (params, *batch, self.shapes.keys(b or self.videos, group)))

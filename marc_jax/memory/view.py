@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.patches import PATCH_MEAN, PATCH_STD
 from marc_jax.baselines import lower_resolution, mean, moviechat, pooled
@@ -129,6 +130,13 @@ class View:
             return min(most, max_patches)
         retrieved = min(self.k * max_event, max_patches)  # events share no patch
         return {"all": max_patches, "retrieve": retrieved, "random": 1, "none": 0}[self.select]
+
+    def most(self, patches: int, tokens_per_patch: int, max_event: int) -> int:
+        """The most visual tokens that are read of a video of so many patches, of so many tokens each."""
+        if self.share is not None and self.method != "fastv":
+            return int(self.count(np.int64(patches), tokens_per_patch))
+        tokens = min(self.kept(patches, max_event), patches) * tokens_per_patch
+        return tokens if self.tokens is None else min(self.tokens, tokens)
 
     def kept(self, max_patches: int, max_event: int) -> int:
         """K, the static number of temporal patches' worth of tokens in the prompt (a blind one keeps one, masked)."""

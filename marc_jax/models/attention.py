@@ -48,6 +48,19 @@ def _cudnn(q, k, v, lengths=None, *, causal=False):
     return out[:, :length]
 
 
+def _cudnn_segments(q, k, v, segment_bl):
+    """Causal within segments: the kernel takes the segments as a mask [b, 1, l, l] and skips what lies ahead itself."""
+    length = q.shape[1]
+    q, k, v, segment_bl = (_pad_axis1(x, -(-length // 64) * 64) for x in (q, k, v, segment_bl))
+    mask = _same_segment(segment_bl)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")[:, :length]
+
+
+def _same_segment(segment_bl):
+    """bool [b, l, l]."""
+    return segment_bl[:, :, None] == segment_bl[:, None, :]
+
+
 def _cudnn_prefix(q_bgrnh, k_bgrkh, v_bgrkh, k_bpkh, v_bpkh, prefix_mask_bp):
     """Flash attention of right-padded suffixes, each beside its own copy of the prefix's keys (few heads: megabytes).
 
@@ -169,19 +182,28 @@ def bidirectional(q_blnh: jax.Array, k_blnh: jax.Array, v_blnh: jax.Array, impl:
     return jnp.einsum("bnls,bsnh->blnh", probs, v_blnh)
 
 
-def causal(q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax.Array, impl: str) -> jax.Array:
+def causal(
+    q_blnh: jax.Array, k_blkh: jax.Array, v_blkh: jax.Array, mask_bl: jax.Array, impl: str, segment_bl=None
+) -> jax.Array:
     """Causal attention with a key mask; query head j reads key head j // (n / k). -> [b, l, n, h].
 
     The cudnn backend needs right-padded rows (True, .., True, False, .., False), where the mask changes no real token's
     result; xla takes any mask.
+
+    Args:
+      segment_bl: None, or int32 [b, l] of packed rows: a query sees keys of its own segment alone.
     """
     if backend(impl, q_blnh.dtype) == "cudnn":
+        if segment_bl is not None:
+            return split_attention(_cudnn_segments, q_blnh, (k_blkh, v_blkh), segment_bl)
         return split_attention(functools.partial(_cudnn, causal=True), q_blnh, (k_blkh, v_blkh))
     if backend(impl, q_blnh.dtype) == "splash":
-        return splash.causal(q_blnh, k_blkh, v_blkh, mask_bl)
+        return splash.causal(q_blnh, k_blkh, v_blkh, mask_bl, segment_bl)
     kv, length = k_blkh.shape[2], q_blnh.shape[1]
     keys, values = (a[:, None].transpose(0, 3, 1, 2, 4) for a in (k_blkh, v_blkh))
     ok = _causal_mask(mask_bl[:, None], q_blnh.shape[2] // kv)
+    if segment_bl is not None:
+        ok &= jnp.repeat(_same_segment(segment_bl), q_blnh.shape[2] // kv, axis=1)[:, None]
     return _unrows(_joint(_rows(q_blnh[:, None], kv), keys, values, None, None, ok, None), length)[:, 0]
 
 

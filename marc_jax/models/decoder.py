@@ -216,6 +216,14 @@ class Decoder(nnx.Module):
         x = self._run(x, jnp.concatenate([pos_3bp, pos_3bgr.reshape(3, b, g * r)], axis=2), attend, ())[0]
         return rows_at(x, at_b), x[:, p:].reshape(b, g, r, d)
 
+    def prefill_packed(self, x_bld, pos_3bl, segment_bl) -> jax.Array:
+        """Normed hidden states [B, L, D] of packed rows: each token sees the earlier ones of its own segment (> 0)."""
+
+        def attend(q, k, v, _):
+            return attention.causal(q, k, v, segment_bl > 0, self.runtime.attention, segment_bl)
+
+        return self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())[0]
+
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
         """`prefix_mask_bp` may have a leading axis of layers (`prefill_pruned`)."""
 

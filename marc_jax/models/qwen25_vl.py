@@ -270,6 +270,10 @@ class Qwen25VL(nnx.Module):
         """
         return self.text.prefill_group(x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr)
 
+    def prefill_packed(self, x_bld, pos_3bl, segment_bl) -> jax.Array:
+        """Normed hidden states [B, L, D] of rows that hold several segments (int32 [B, L], 0 is padding) end to end."""
+        return self.text.prefill_packed(x_bld, pos_3bl, segment_bl)
+
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, cache: KV) -> tuple[jax.Array, KV]:
         """One token per (b, g): attends to the prefix and to slots <= index, writes slot `index`. -> [B, G, D]."""
         return self.text.decode_step(x_bgd, pos_3bg, index, prefix, prefix_mask_bp, cache)

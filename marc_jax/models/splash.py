@@ -56,13 +56,18 @@ def fits(length: int) -> bool:
     return length >= WINDOW
 
 
-def causal(q_blnh, k_blkh, v_blkh, mask_bl) -> jax.Array:
-    """As `attention.causal`."""
-    b, length = mask_bl.shape
+def causal(q_blnh, k_blkh, v_blkh, mask_bl, segment_bl=None) -> jax.Array:
+    """As `attention.causal`; the segments of packed rows are the kernel's own segment ids (0 = padding)."""
+    length = mask_bl.shape[1]
     block = _block(length)
     q, k, v = (_to(a, block).swapaxes(1, 2) for a in (q_blnh * q_blnh.shape[-1] ** -0.5, k_blkh, v_blkh))
     mask = Suffixes(0, q.shape[2], q.shape[2])
-    return _call(mask, (block, block), q, k, v, _to(mask_bl, block)).swapaxes(1, 2)[:, :length]
+    if segment_bl is None:
+        keys, queries = _to(mask_bl, block), None
+    else:
+        queries = _to(segment_bl, block)
+        keys = jnp.where(_to(mask_bl, block), queries, 0)
+    return _call(mask, (block, block), q, k, v, keys, queries).swapaxes(1, 2)[:, :length]
 
 
 def bidirectional(q_blnh, k_blnh, v_blnh, lengths=None) -> jax.Array:
@@ -125,19 +130,23 @@ def _kernel(mask: library.Mask, heads: int, blocks: tuple[int, int], interpret: 
         )  # fmt: skip
 
 
-def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, real_bs) -> jax.Array:
-    """Scaled queries [b, n, q, h] over keys and values [b, k, s, h] of which `real_bs` are real. -> [b, n, q, h]."""
+def _call(mask, blocks, q_bnqh, k_bksh, v_bksh, key_bs, query_bq=None) -> jax.Array:
+    """Scaled queries [b, n, q, h] over keys and values [b, k, s, h]. -> [b, n, q, h].
+
+    `key_bs`: which keys are real; with `query_bq`, the segments of keys and queries, who see those of their own.
+    """
     mesh = mesh_of(q_bnqh)
     device = None if mesh is None else getattr(mesh, "abstract_device", None)
     platform = jax.default_backend() if device is None else device.platform
     n, kv = q_bnqh.shape[1], k_bksh.shape[1]
     kernel = _kernel(mask, n // ways_of_heads(mesh, n, kv), blocks, platform != "tpu")
 
-    def local(q, k, v, real):
-        if real is None:
+    def local(q, k, v, keys, queries):
+        if keys is None:
             return jax.vmap(kernel)(q, k, v)
-        ones = jnp.ones((q.shape[2],), jnp.int32)
-        return jax.vmap(lambda q, k, v, ok: kernel(q, k, v, library.SegmentIds(ones, ok)))(q, k, v, real)
+        if queries is None:
+            queries = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
+        return jax.vmap(lambda q, k, v, own, key: kernel(q, k, v, library.SegmentIds(own, key)))(q, k, v, queries, keys)
 
-    real_bs = None if real_bs is None else real_bs.astype(jnp.int32)
-    return split_attention(local, q_bnqh, (k_bksh, v_bksh), real_bs, heads=-3)
+    key_bs = None if key_bs is None else key_bs.astype(jnp.int32)
+    return split_attention(local, q_bnqh, (k_bksh, v_bksh), key_bs, query_bq, heads=-3)

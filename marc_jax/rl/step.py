@@ -20,7 +20,7 @@ import optax
 
 from marc_jax import optim
 from marc_jax.models import qwen25_vl
-from marc_jax.rl import logprob, loss, rollout
+from marc_jax.rl import logprob, loss, packing, rollout
 from marc_jax.rl.loss import LossConfig, Metric
 from marc_jax.rl.rollout import Sampling
 from marc_jax.rl.types import Completions, PromptBatch
@@ -144,14 +144,51 @@ def make_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, micr
         model = qwen25_vl.bind(cfg, params, **bind)
         target = Completions(batch.tokens_bgr, batch.mask_bgr, jnp.zeros(()))
         stats = rollout.token_stats(model, *encode(model, batch.visual, batch.prompt), target, chunk=chunk)
-        tokens = batch.train_bgr.sum()
-        logp, hit, entropy = (jnp.where(batch.train_bgr, x, 0.0).sum() for x in (stats.logp, stats.hit, stats.entropy))
-        return (-logp, tokens), {"mean_token_accuracy": (hit, tokens), "entropy": (entropy, tokens)}
+        return _likelihood(stats, batch.train_bgr)
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
         return _update(state, tx, objective, batch, micro_batches)
 
     return step
+
+
+def make_packed_sft_step(cfg, encode: Encode, tx: optax.GradientTransformation, *, segments: int, max_length: int,
+                         targets: int, micro_batches: int = 1, chunk: int | None = None, **bind) -> Callable:
+    """`make_sft_step` over packed rows: the same batch, with G = 1, gives the same loss and gradients.
+
+    Args:
+      cfg, encode, tx, micro_batches, chunk, **bind: as for `make_sft_step`; micro_batches must divide the rows.
+      segments: that many prompts of the batch, one after the other, lie in one row; those without a real token are
+        left out.
+      max_length: tokens of a row, enough for what lies in it.
+      targets: most tokens of a row that are trained on.
+
+    Returns:
+      step(state, batch) -> (state, metrics): those of `make_sft_step`; packed_fill, real tokens of all of the rows.
+    """
+
+    def objective(params, batch: SFTBatch):
+        model = qwen25_vl.bind(cfg, params, **bind)
+        vis_bnd, prompt = encode(model, batch.visual, batch.prompt)
+        following = batch.tokens_bgr, batch.mask_bgr, batch.train_bgr
+        rows = packing.lay(prompt, 0 if vis_bnd is None else vis_bnd.shape[1], *following, segments, max_length)
+        if vis_bnd is not None:
+            vis_bnd = vis_bnd.reshape(len(rows.tokens_bl), -1, vis_bnd.shape[-1])
+        pair, metrics = _likelihood(*packing.token_stats(model, vis_bnd, rows, targets, chunk))
+        real = (rows.segment_bl > 0).sum()
+        return pair, metrics | {"packed_fill": (real, jnp.full_like(real, rows.segment_bl.size))}
+
+    def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
+        return _update(state, tx, objective, batch, micro_batches)
+
+    return step
+
+
+def _likelihood(stats: logprob.TokenStats, train) -> tuple[Metric, Metrics]:
+    """((-log p of the tokens that are trained on, how many), metrics)."""
+    tokens = train.sum()
+    logp, hit, entropy = (jnp.where(train, x, 0.0).sum() for x in (stats.logp, stats.hit, stats.entropy))
+    return (-logp, tokens), {"mean_token_accuracy": (hit, tokens), "entropy": (entropy, tokens)}
 
 
 def make_grpo_step(cfg, encode: Encode, tx: optax.GradientTransformation, how: Sampling,

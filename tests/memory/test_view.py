@@ -72,6 +72,7 @@ def test_every_view_keeps_as_many_patches_as_it_says():
         assert tokens.shape == (2, kept, D), view
         read = np.asarray(prompt.mask_bp)[:, 1 : kept + 1].sum(1)
         assert (read == 0).all() if view.select == "none" else (read >= 1).all(), view
+        assert (read <= [view.most(patches, 1, 2) for patches in (5, 3)]).all(), view
 
 
 def test_kept_tokens_stand_at_the_mean_time_of_what_they_stand_for():

@@ -117,6 +117,7 @@ def test_padding_patches_of_several_shapes_changes_nothing(select, method, more)
     padded = look(view, every, bank, query, (2, 2 * P), 1.0, SHAPES)
     alone, (h, w) = jax.tree.map(lambda a: a[1:], dataclasses.replace(every, shapes=None)), SHAPES[1]
     exact = look(view, alone, bank[1:, :, : 4 * h * w], query[1:], (2 * h, 2 * w), 2.0, SHAPES[1:])
+    assert all(len(seen) <= view.most(int(n), int(p), 2) for (seen, _), n, p in zip(padded, LENGTH, own, strict=True))
     assert (padded[1][1] == exact[0][1]).all()
     np.testing.assert_allclose(padded[1][0], exact[0][0], atol=1e-5)
 

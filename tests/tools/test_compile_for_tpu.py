@@ -200,3 +200,17 @@ def test_with_adapters_the_model_is_held_once(repo):
     assert moments == 2 * 29_933_568
     after, _ = jax.eval_shape(program.run, *program.args)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), now)
+
+
+def test_packed_rows_are_what_a_packing_stage_updates_on(repo):
+    """The 3B's SFT update on 8 rows of 2,048 tokens, up to 4 questions in each, for 8 devices."""
+    from tools import tpu_cases
+
+    given = [f"--config.sft.{key}" for key in ("videos=8", "packing=True", "max_length=2048", "max_segments=4")]
+    preset = str(repo / "experiments" / "marc_qwen25vl_3b.py")
+    given += ["--config.only=('sft',)", "--config.cgrpo.videos=8", "--config.distill.videos=8"]
+    _, programs, _ = tpu_cases.of_experiment(preset, given, "splash", jax.devices())
+    program = programs["sft"]()
+    assert program.args[1].tokens_bgr.shape == (32, 1, 512 + 768)
+    now, metrics = jax.eval_shape(program.run, *program.args)
+    assert metrics["packed_fill"][0].shape == () and now.step.shape == ()
