@@ -46,6 +46,7 @@ def measure(cfg, net, video: str, row: Row, device: str):
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
     def figures(new: int, repeats: int, warmup: int) -> dict:
         first = timed(lambda: generate(1), repeats, device, warmup=warmup)
         many = timed(lambda: generate(1 + new), repeats, device, warmup=0)
