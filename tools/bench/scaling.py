@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from marc_jax import optim, sharding, state
 from marc_jax.models import qwen25_vl
-from tools.bench import train
+from tools.bench import profile, train
 
 HEADER = f"{'row':34} devices questions {'ms':>8} {'spread':>7} efficient GiB each comp s"
 
@@ -52,14 +52,23 @@ def measure(cfg, case: train.Case, devices: int, args) -> dict:
             begun = time.perf_counter()
             now, _ = jax.block_until_ready(step(now, batch))
             times += [(time.perf_counter() - begun) * 1e3] if i >= 2 else []
+        if args.profile and devices > 1:
+            box = [now]
+
+            def once():
+                box[0], values = step(box[0], batch)
+                return values
+
+            print(profile.table(profile.kernels(once), args.profile), f"\n    (of {devices} devices together)")
     row = {"ms": statistics.median(times), "spread": max(times) - min(times), "compile_s": seconds}
     return row | {"program_bytes": train.program_bytes(step), "devices": devices, "questions": case.view.batch}
 
 
 def rows(args, counts: list[int]):
     """(title, case by number of devices), weak and strong."""
+    kinds = {"weak": lambda n: n * args.per_device, "strong": lambda n: counts[-1]}
     for case in (c for c in train.CASES if c.key in args.rows.split(",")):
-        for name, questions in (("weak", lambda n: n * args.per_device), ("strong", lambda n: counts[-1])):
+        for name, questions in ((name, kinds[name]) for name in args.kinds.split(",")):
             sized = {n: dataclasses.replace(case.view, batch=questions(n)) for n in counts}
             yield f"{case.key}, {name}", {n: dataclasses.replace(case, view=view) for n, view in sized.items()}
 
@@ -68,6 +77,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="3b")
     parser.add_argument("--rows", default="student,frames")
+    parser.add_argument("--kinds", default="weak,strong")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N longest kernels")
     parser.add_argument("--per_device", type=int, default=1, help="questions per device of the weak rows")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
