@@ -16,6 +16,7 @@ from marc_jax.models import attention, cache, packed, rope
 from marc_jax.models.cache import KV
 from marc_jax.models.layers import Linear, RMSNorm, Runtime, SwiGLU, Weight, kept, maybe_remat, stack_of
 from marc_jax.models.packed import Packed, rows_at
+from marc_jax.sharding import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +191,19 @@ class Decoder(nnx.Module):
         x, (k, v) = jax.lax.scan(maybe_remat(body, self.runtime), x, (stacked, per_layer))
         return self.norm(x), k, v
 
+    def _run_rows(self, x_bld, pos_3bl, attend):
+        """`_run` of many tokens per row, which are held to their rows' devices: there weights come to activations.
+
+        A decoding step has one token per row and is left to XLA: activations may go to weights.
+        """
+        x, k, v = self._run(constrain_batch(x_bld.astype(self.runtime.dtype)), pos_3bl, attend, ())
+        return constrain_batch(x), k, v
+
     def prefill(self, x_bld, pos_3bl, mask_bl, at_b=None) -> tuple[jax.Array, KV]:
         def attend(q, k, v, _):
             return attention.causal(q, k, v, mask_bl, self.runtime.attention)
 
-        x, k, v = self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())
+        x, k, v = self._run_rows(x_bld, pos_3bl, attend)
         return x if at_b is None else rows_at(x, at_b), KV(k, v)
 
     def prefill_group(self, x_bpd, pos_3bp, mask_bp, at_b, x_bgrd, pos_3bgr, mask_bgr) -> tuple[jax.Array, jax.Array]:
@@ -212,8 +221,8 @@ class Decoder(nnx.Module):
             rest = attention.prefix_causal(*suffixes, mask_bgr, *prompts[1:], mask_bp, impl)
             return jnp.concatenate([first, rest.reshape(b, g * r, *rest.shape[3:])], axis=1)
 
-        x = jnp.concatenate([x_bpd, x_bgrd.reshape(b, g * r, d)], axis=1).astype(self.runtime.dtype)
-        x = self._run(x, jnp.concatenate([pos_3bp, pos_3bgr.reshape(3, b, g * r)], axis=2), attend, ())[0]
+        x = jnp.concatenate([x_bpd, x_bgrd.reshape(b, g * r, d)], axis=1)
+        x = self._run_rows(x, jnp.concatenate([pos_3bp, pos_3bgr.reshape(3, b, g * r)], axis=2), attend)[0]
         return rows_at(x, at_b), x[:, p:].reshape(b, g, r, d)
 
     def prefill_packed(self, x_bld, pos_3bl, segment_bl) -> jax.Array:
@@ -222,7 +231,7 @@ class Decoder(nnx.Module):
         def attend(q, k, v, _):
             return attention.causal(q, k, v, segment_bl > 0, self.runtime.attention, segment_bl)
 
-        return self._run(x_bld.astype(self.runtime.dtype), pos_3bl, attend, ())[0]
+        return self._run_rows(x_bld, pos_3bl, attend)[0]
 
     def decode_step(self, x_bgd, pos_3bg, index, prefix: KV, prefix_mask_bp, past: KV) -> tuple[jax.Array, KV]:
         """`prefix_mask_bp` may have a leading axis of layers (`prefill_pruned`)."""
