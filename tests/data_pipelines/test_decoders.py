@@ -155,6 +155,34 @@ def test_a_packet_that_only_claims_to_be_a_key_frame(tmp_path, monkeypatch):
     assert (frames == every[[3, 100]]).all()
 
 
+def same_forked(path, threads, wanted):
+    """Whether a fork, which is not probed again, decodes what a reader of its own does; and that it was told."""
+    with open_reader(path, threads=1) as known, open_reader(path, threads=threads) as other:
+        with known.fork(threads) as forked:
+            wanted = [i for i in wanted if i < known.info.num_frames]
+            pairs = list(zip(forked.decode(wanted), other.decode(wanted), strict=True))
+        return known._depth is not None and all(i == j and (a == b).all() for (i, a), (j, b) in pairs)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mp4", {"bf": "3", "x264-params": "open-gop=1:keyint=24:scenecut=0"}),
+        ("a.mkv", {"bf": "4", "x264-params": "b-pyramid=strict:b-adapt=0:ref=5:keyint=48"}),
+        ("a.mov", {"bf": "2", "x264-params": "interlaced=1:keyint=24"}),
+        ("a.mp4", {"bf": "0", "x264-params": "intra-refresh=1:keyint=24"}),
+    ],
+)
+def test_a_fork_is_not_probed_again_and_decodes_the_same(tmp_path, name, options, threads):
+    assert same_forked(encode(tmp_path / name, 60, gop=24, **options), threads, range(60))
+
+
+@pytest.mark.parametrize("name", ["unordered.mov", "one_pixel_test_video.mp4", "video_90.mov", "demo.mp4"])
+def test_a_fork_of_a_real_file_decodes_the_same(test_data, name):
+    assert same_forked(test_data / "videos" / name, 3, range(50))  # of the first two, not probed is told another depth
+
+
 def test_real_files_sampled_thinly_are_frames_of_a_full_pass(test_data):
     for name in ("VID00003-20100701-2204.3GP", "big_buck_bunny.mpg", "demo.mp4", "fades.mp4", "nasa_13013.mp4"):
         path = test_data / "videos" / name
