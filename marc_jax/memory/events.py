@@ -26,6 +26,7 @@ where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ class Descriptor:
     histogram: np.ndarray  # float32 [4, 24], each channel's part sums to 1
     edges: np.ndarray  # float32 [2], 0..1
 
-    @property
+    @functools.cached_property
     def content(self) -> np.ndarray:
         """float32 [98]; L1 distances of it are S without A: blind to motion."""
         return np.concatenate([self.histogram.ravel() / 12, 2 * self.edges])
@@ -125,6 +126,8 @@ def describe(frame: np.ndarray) -> Descriptor:
 
 def difference(a: Descriptor, b: Descriptor) -> float:
     """S between two frames."""
+    if a is b:  # a frame that is shown again
+        return 0.0
     moved = np.minimum(np.abs(a.cells - b.cells).mean(axis=1), 32).mean() / 32
     return float(moved + np.abs(a.content - b.content).sum())
 
@@ -174,7 +177,7 @@ class Segmenter:
         self.now += 1
         if self.now % self.stride == 0:
             self.past.append((self.now, seen.content))
-        level = float(np.quantile(self.recent, 0.3))
+        level = quantile(self.recent, 0.3)
         candidates = (self._fade(seen), self._cut(level), self._dissolve(step), self._drift(seen))
         found = []
         # Two kinds may name one frame: the one that knows the longer transition counts.
@@ -267,6 +270,15 @@ class Segmenter:
         """Mean content of the remembered frames first..last; of the one nearest to `first` if there is none."""
         near = [content for i, content in self.past if first <= i <= last]
         return np.mean(near or [min(self.past, key=lambda entry: abs(entry[0] - first))[1]], axis=0)
+
+
+def quantile(values: Iterable[float], share: float) -> float:
+    """`np.quantile`, bit by bit, of a few numbers: without its fifty microseconds."""
+    values = sorted(values)
+    place = share * (len(values) - 1)
+    low, high = values[int(place)], values[min(int(place) + 1, len(values) - 1)]
+    part = place - int(place)
+    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 def sharp(frame: int) -> Border:

@@ -239,6 +239,11 @@ def test_feature_change():
     assert events.segment_features(feat[:1]) == [(0, 1)]
 
 
+@given(st.lists(st.floats(0, 4), min_size=1, max_size=64), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
+def test_quantiles_are_numpys(values, share):
+    assert events.quantile(values, share) == np.quantile(values, share)
+
+
 def test_border_scores():
     assert events.score_borders([10, 11, 50], [10, 40], 2) == (1 / 3, 1 / 2)
     assert events.score_borders([], [], 2) == (1.0, 1.0)
