@@ -239,11 +239,15 @@ class PyAVReader(Reader):
     def _find(self, wanted: list[int]) -> Iterator:
         """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
         ordinal = self._ordinal()
-        run, first = self._pass or self._begin(), self._first  # without a pass it is a second call: start again
+        entries = self._entries(ordinal)
+        run, first = self._pass, self._first
         self._pass = self._first = None
+        if run is None:  # a fork, or a second call: start again
+            run = self._begin()
+            run.end(self._enough(entries, wanted[-1]) if wanted else None)
         place = 0
         try:
-            for found, frame in self._pick(run, first, wanted, ordinal, self._entries(ordinal)):
+            for found, frame in self._pick(run, first, wanted, ordinal, entries):
                 yield found, frame
                 place += 1
         except VideoError:
@@ -251,6 +255,19 @@ class PyAVReader(Reader):
                 raise
             # What claimed to be a key frame was none, or pictures after it refer to some before it.
             yield from self._pick(self._begin(), None, wanted[place:], ordinal, [])
+
+    def _enough(self, entries: list, last: int) -> int | None:
+        """Packets up to which frame `last` is whole: before the next key frame, if all that follow are shown after it.
+
+        Decoding threads would go on to that key frame, which takes as long as ten other pictures.
+        """
+        after = bisect.bisect_right(entries, last, key=lambda entry: entry[0])
+        if self._packets is None or after == len(entries):
+            return None
+        _, place, tick = entries[after]
+        group = self._packets[place : entries[after + 1][1] if after + 1 < len(entries) else None]
+        closed = tick is None or all(packet.pts is None or packet.pts >= tick for packet in group)
+        return place if closed else None
 
     def _pick(self, run: "_Pass", frame, wanted: list[int], ordinal: dict | None, entries: list) -> Iterator:
         place, found = 0, -1
@@ -287,6 +304,10 @@ class _Pass:
 
     def __next__(self):
         return next(self._frames)
+
+    def end(self, place: int | None) -> None:
+        """Takes no packet from `place` on; before the first frame is asked for."""
+        self._packets = itertools.islice(self._packets, place)
 
     def worth(self, place: int) -> bool:
         """Whether leaving out the packets before this one saves more than emptying the decoder costs."""

@@ -33,6 +33,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from marc_jax.memory.quantile import quantile
+
 GRID, SIDE, BINS = 16, 64, 8
 FINGERPRINT = "events 3"  # raised whenever spans change: memories made before are then stale
 DUPLICATE = 0.01  # S of a frame shown twice, or of a still scene: says nothing about the camera's unrest
@@ -126,8 +128,6 @@ def describe(frame: np.ndarray) -> Descriptor:
 
 def difference(a: Descriptor, b: Descriptor) -> float:
     """S between two frames."""
-    if a is b:  # a frame that is shown again
-        return 0.0
     moved = np.minimum(np.abs(a.cells - b.cells).mean(axis=1), 32).mean() / 32
     return float(moved + np.abs(a.content - b.content).sum())
 
@@ -169,7 +169,8 @@ class Segmenter:
 
     def take(self, seen: Descriptor) -> list[Border]:
         """`push` of the frame that was described."""
-        step = difference(self.frames[-1], seen) if self.frames else 0.0
+        # Of a frame that is shown again, the descriptor is the same object.
+        step = difference(self.frames[-1], seen) if self.frames and self.frames[-1] is not seen else 0.0
         if step > DUPLICATE:
             self.recent.append(step)
         self.frames.append(seen)
@@ -270,15 +271,6 @@ class Segmenter:
         """Mean content of the remembered frames first..last; of the one nearest to `first` if there is none."""
         near = [content for i, content in self.past if first <= i <= last]
         return np.mean(near or [min(self.past, key=lambda entry: abs(entry[0] - first))[1]], axis=0)
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """`np.quantile`, bit by bit, of a few numbers: without its fifty microseconds."""
-    values = sorted(values)
-    place = share * (len(values) - 1)
-    low, high = values[int(place)], values[min(int(place) + 1, len(values) - 1)]
-    part = place - int(place)
-    return low + (high - low) * part if part < 0.5 else high - (high - low) * (1 - part)
 
 
 def sharp(frame: int) -> Border:
