@@ -76,10 +76,10 @@ def write(rows: list[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.faults", description=__doc__.splitlines()[0])
-    names = [*DRILLS, "soak", "videos"]
+    names = [*DRILLS, "soak", "soak-unsaved", "videos"]
     parser.add_argument("--only", default=",".join(names), help="of these, comma separated (default: all)")
     parser.add_argument("--effort", type=float, default=1.0, help="scales the attempts")
-    parser.add_argument("--minutes", type=float, default=120.0, help="of the soak")
+    parser.add_argument("--minutes", type=float, default=120.0, help="of the soak; a quarter of it without saves")
     parser.add_argument("--videos", type=pathlib.Path, help="folder of real videos; without it none are damaged")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(drill.REPO)}")
     args = parser.parse_args()
@@ -91,8 +91,9 @@ def main() -> int:
     for name in chosen:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             place = pathlib.Path(folder)
-            if name == "soak":
-                found = soak.soak(place, max(1, int(5 * args.effort)), args.minutes)
+            if name in ("soak", "soak-unsaved"):
+                saves = name == "soak"
+                found = soak.soak(place, max(1, int(5 * args.effort)), args.minutes / (1 if saves else 4), saves)
             elif name == "videos":
                 if args.videos is None or not args.videos.is_dir():
                     print(f"videos: left out, --videos={args.videos} is no folder", file=sys.stderr)

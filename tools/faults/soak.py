@@ -24,22 +24,23 @@ SMALL_MODEL = [f"--config.model.{change}" for change in SMALL]
 STEPS = 20  # of training in a round
 WARM_UP = 3  # rounds
 NAMES = ("MB", "open files", "threads", "processes", "compilations")
-# MB that stay of a round's save and restore: TensorStore's Spec.to_json, which Orbax calls for every array, never frees
-# the strings that it returns (217 bytes a call in 0.1.76 to 0.1.86).
+# MB that stay of a round's save and restore: TensorStore never frees all of what it returns as JSON (0.1.76 to 0.1.86),
+# and Orbax asks it for the spec of each array and, twice a save, for its metrics.
 KEPT = 0.1
 POOLS = 4  # threads that pools of libraries may still add: they fill as they are needed, a leak is one a round
 
 
-def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outcome:
-    """At least `rounds` rounds after the warm-up, and at least so many minutes."""
+def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0, saves: bool = True) -> drill.Outcome:
+    """At least `rounds` rounds after the warm-up, and at least so many minutes; without `saves` nothing is allowed."""
+    kept = KEPT if saves else 0.0
     outcome = drill.Outcome(
-        "a long time: train, save, restore, evaluate, index, ask in a loop",
-        "no compilation after warm-up; open files, threads (but 4) and processes flat; "
-        f"memory < 1 MB per 1,000 steps, beside {KEPT} MB of each save and restore that TensorStore never frees",
+        f"a long time: train,{' save, restore,' if saves else ''} evaluate, index, ask in a loop",
+        "no compilation after warm-up; open files, threads (but 4) and processes flat; memory < 1 MB per 1,000 steps"
+        + (f", beside {KEPT} MB of each save and restore that TensorStore never frees" if saves else ""),
     )
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: name == COMPILED and compiled.append(1))
-    turn = _prepare(folder)
+    turn = _prepare(folder, saves)
     seen, began, told = [], time.monotonic(), 0.0
     while len(seen) < WARM_UP + rounds or time.monotonic() - began < 60 * minutes:
         turn(len(seen))
@@ -56,7 +57,7 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     late = np.array([row[0] for row in seen[len(seen) // 4 :]])
     slope = float(np.polyfit(np.arange(len(late)) * STEPS / 1000, late, 1)[0]) if len(late) > 2 else 0.0
     enough = outcome.attempts >= 50  # fewer rounds say nothing about a slope
-    if enough and slope > 1.0 + KEPT * 1000 / STEPS:
+    if enough and slope > 1.0 + kept * 1000 / STEPS:
         grown.append(f"memory grows by {slope:.2f} MB per 1,000 steps")
     outcome.survived = 0 if grown else outcome.attempts
     outcome.problems = grown
@@ -69,7 +70,7 @@ def soak(folder: pathlib.Path, rounds: int, minutes: float = 0.0) -> drill.Outco
     return outcome
 
 
-def _prepare(folder: pathlib.Path):
+def _prepare(folder: pathlib.Path, saves: bool):
     """A round, as a function of its number."""
     changes = SMALL_MODEL + [
         "--config.data.train_videos=8", "--config.data.test_videos=6", "--config.data.workers=0",
@@ -98,8 +99,9 @@ def _prepare(folder: pathlib.Path):
         for i in range(STEPS):
             state, values = step_fn(state, draw(number * STEPS + i))
         jax.block_until_ready(values)
-        checkpoint.save(folder / "saved", number, state, {}, keep=2)
-        state, _ = checkpoint.restore(folder / "saved", shapes)
+        if saves:
+            checkpoint.save(folder / "saved", number, state, {}, keep=2)
+            state, _ = checkpoint.restore(folder / "saved", shapes)
         evaluation.answer_all(here, state.model, "full", "features", test, "")
         memory = folder / "memory"
         shutil.rmtree(memory, ignore_errors=True)
