@@ -120,8 +120,7 @@ def describe(frame: np.ndarray) -> Descriptor:
     index = low + BINS * np.arange(12)[:, None]
     total = np.bincount(index.ravel(), (1 - up).ravel(), 12 * BINS)
     total += np.bincount(index.ravel() + 1, up.ravel(), 12 * BINS)
-    luma = ycc[..., 0]
-    edges = [np.minimum(np.abs(np.diff(luma, axis=axis)), 32).mean() / 32 for axis in (0, 1)]
+    edges = [np.minimum(np.abs(np.diff(ycc[..., 0], axis=axis)), 32).mean() / 32 for axis in (0, 1)]
     histogram = (total.reshape(4, 3 * BINS) / (SIDE * SIDE / 4)).astype(np.float32)
     return Descriptor(cells, histogram, np.array(edges, np.float32))
 
@@ -156,8 +155,7 @@ class Segmenter:
         self.steps = collections.deque(maxlen=size)  # difference of each to the one before it
         self.drifted = 0  # how many latest frames are far from the event's beginning
         self.last_drift = 0  # when a take was last found to have drifted
-        self.blank_from = None
-        self.beginning = None  # mean content of the event's first second
+        self.blank_from = self.beginning = None  # the latter is the mean content of the event's first second
         self.rested = {}  # border of the latest drift: content where it came to rest
         # Content of the last `drift_seconds`, thinned to at most 128 frames: (index, content).
         self.stride = max(1, self.drift_frames // 64)
@@ -169,7 +167,6 @@ class Segmenter:
 
     def take(self, seen: Descriptor) -> list[Border]:
         """`push` of the frame that was described."""
-        # Of a frame that is shown again, the descriptor is the same object.
         step = difference(self.frames[-1], seen) if self.frames and self.frames[-1] is not seen else 0.0
         if step > DUPLICATE:
             self.recent.append(step)
@@ -309,7 +306,7 @@ def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np
 
 
 def described(frames: Iterable[np.ndarray]) -> Iterator[Descriptor]:
-    """Of every frame; one that is shown again, as a key frame that stands for others, is described once."""
+    """Of every frame; of one that is shown again, as a key frame that stands for others, it is the same object."""
     last, seen = None, None
     for frame in frames:
         again = last is not None and (frame[0] == last[0]).all() and np.array_equal(frame, last)
