@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from data_pipelines.containers import DEFAULT_LIMITS, Limits, VideoError, check_file
+from data_pipelines.containers import DEFAULT_LIMITS, MOV, Limits, VideoError, check_file
 from data_pipelines.opencv_reader import OpenCVReader
 from data_pipelines.reader import ANNOUNCES, Reader, quarter_turns
 
@@ -25,6 +25,7 @@ from data_pipelines.reader import ANNOUNCES, Reader, quarter_turns
 _STRICT = "crccheck+bitstream+buffer+explode"
 _KEEP_PACKETS_BELOW = 256 << 20  # bytes of file whose packets stay in memory between scanning and decoding
 _WORTH_A_JUMP = 16  # packets that decoding threads get through while they would be emptied and filled again
+_NO_PROBING = {"probesize": "32", "skip_frame": "all"}  # the latter is for the decoder that probes alone
 
 
 class PyAVReader(Reader):
@@ -38,6 +39,7 @@ class PyAVReader(Reader):
         self._full, size, self._demuxers = check_file(path)
         try:
             self._container, self._stream = self._open()
+            self._depth = self._found_by_probing(self._stream.codec_context)
             self._scan(keep=size <= _KEEP_PACKETS_BELOW)
             self._start()
             self._describe()
@@ -56,7 +58,7 @@ class PyAVReader(Reader):
             return PyAVReader(self.path, self.limits, threads)
         other = copy.copy(self)
         other._threads, other._containers, other._pass, other._first = threads, [], None, None
-        other._container, other._stream = other._open()
+        other._container, other._stream = other._open(probe=self._depth is None)
         return other
 
     def facts(self) -> "PyAVReader":
@@ -65,8 +67,18 @@ class PyAVReader(Reader):
         other._containers, other._pass, other._first, other._container, other._stream = [], None, None, None, None
         return other
 
-    def _open(self):
+    def _found_by_probing(self, context) -> int | None:
+        """How many pictures the decoder is told to hold back, where that is all that it does not find itself.
+
+        So it is of H.264 in a container with headers, of which seven to twenty pictures are probed to find it.
+        """
+        told = self._demuxers in (MOV, "matroska,webm") and context.name == "h264" and context.extradata
+        return getattr(context, "reorder_depth", None) if told else None  # PyAV 16 and 17 do not say
+
+    def _open(self, probe: bool = True):
+        """Container and stream; without `probe` of a file that is known, to decode packets of another container."""
         options = {"protocol_whitelist": "file", "format_whitelist": self._demuxers, "err_detect": _STRICT}
+        options |= {} if probe else _NO_PROBING
         try:
             container = self._av.open(self._full, options=options)
         except (self._av.FFmpegError, ValueError, OSError) as error:
@@ -84,6 +96,8 @@ class PyAVReader(Reader):
         self._check_size(context.width, context.height)
         context.options = {"err_detect": _STRICT, "max_pixels": str(self.limits.max_pixels)}
         context.thread_count, context.thread_type = threads, "NONE" if threads == 1 else "AUTO"
+        if not probe:
+            context.reorder_depth = self._depth
         return container, stream
 
     def _scan(self, keep: bool):
@@ -225,11 +239,15 @@ class PyAVReader(Reader):
     def _find(self, wanted: list[int]) -> Iterator:
         """(index, frame) of the wanted ones; VideoError at the first that cannot be had."""
         ordinal = self._ordinal()
-        run, first = self._pass or self._begin(), self._first  # without a pass it is a second call: start again
+        entries = self._entries(ordinal)
+        run, first = self._pass, self._first
         self._pass = self._first = None
+        if run is None:  # a fork, or a second call: start again
+            run = self._begin()
+            run.end(self._enough(entries, wanted[-1]) if wanted else None)
         place = 0
         try:
-            for found, frame in self._pick(run, first, wanted, ordinal, self._entries(ordinal)):
+            for found, frame in self._pick(run, first, wanted, ordinal, entries):
                 yield found, frame
                 place += 1
         except VideoError:
@@ -237,6 +255,19 @@ class PyAVReader(Reader):
                 raise
             # What claimed to be a key frame was none, or pictures after it refer to some before it.
             yield from self._pick(self._begin(), None, wanted[place:], ordinal, [])
+
+    def _enough(self, entries: list, last: int) -> int | None:
+        """Packets up to which frame `last` is whole: before the next key frame, if all that follow are shown after it.
+
+        Decoding threads would go on to that key frame, which takes as long as ten other pictures.
+        """
+        after = bisect.bisect_right(entries, last, key=lambda entry: entry[0])
+        if self._packets is None or after == len(entries):
+            return None
+        _, place, tick = entries[after]
+        group = self._packets[place : entries[after + 1][1] if after + 1 < len(entries) else None]
+        closed = tick is None or all(packet.pts is None or packet.pts >= tick for packet in group)
+        return place if closed else None
 
     def _pick(self, run: "_Pass", frame, wanted: list[int], ordinal: dict | None, entries: list) -> Iterator:
         place, found = 0, -1
@@ -273,6 +304,10 @@ class _Pass:
 
     def __next__(self):
         return next(self._frames)
+
+    def end(self, place: int | None) -> None:
+        """Takes no packet from `place` on; before the first frame is asked for."""
+        self._packets = itertools.islice(self._packets, place)
 
     def worth(self, place: int) -> bool:
         """Whether leaving out the packets before this one saves more than emptying the decoder costs."""

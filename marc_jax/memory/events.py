@@ -26,11 +26,14 @@ where no TransNetV2 weights are given. numpy and OpenCV only. docs/events.md has
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from marc_jax.memory.quantile import quantile
 
 GRID, SIDE, BINS = 16, 64, 8
 FINGERPRINT = "events 3"  # raised whenever spans change: memories made before are then stale
@@ -93,7 +96,7 @@ class Descriptor:
     histogram: np.ndarray  # float32 [4, 24], each channel's part sums to 1
     edges: np.ndarray  # float32 [2], 0..1
 
-    @property
+    @functools.cached_property
     def content(self) -> np.ndarray:
         """float32 [98]; L1 distances of it are S without A: blind to motion."""
         return np.concatenate([self.histogram.ravel() / 12, 2 * self.edges])
@@ -117,8 +120,7 @@ def describe(frame: np.ndarray) -> Descriptor:
     index = low + BINS * np.arange(12)[:, None]
     total = np.bincount(index.ravel(), (1 - up).ravel(), 12 * BINS)
     total += np.bincount(index.ravel() + 1, up.ravel(), 12 * BINS)
-    luma = ycc[..., 0]
-    edges = [np.minimum(np.abs(np.diff(luma, axis=axis)), 32).mean() / 32 for axis in (0, 1)]
+    edges = [np.minimum(np.abs(np.diff(ycc[..., 0], axis=axis)), 32).mean() / 32 for axis in (0, 1)]
     histogram = (total.reshape(4, 3 * BINS) / (SIDE * SIDE / 4)).astype(np.float32)
     return Descriptor(cells, histogram, np.array(edges, np.float32))
 
@@ -153,8 +155,7 @@ class Segmenter:
         self.steps = collections.deque(maxlen=size)  # difference of each to the one before it
         self.drifted = 0  # how many latest frames are far from the event's beginning
         self.last_drift = 0  # when a take was last found to have drifted
-        self.blank_from = None
-        self.beginning = None  # mean content of the event's first second
+        self.blank_from = self.beginning = None  # the latter is the mean content of the event's first second
         self.rested = {}  # border of the latest drift: content where it came to rest
         # Content of the last `drift_seconds`, thinned to at most 128 frames: (index, content).
         self.stride = max(1, self.drift_frames // 64)
@@ -166,7 +167,7 @@ class Segmenter:
 
     def take(self, seen: Descriptor) -> list[Border]:
         """`push` of the frame that was described."""
-        step = difference(self.frames[-1], seen) if self.frames else 0.0
+        step = difference(self.frames[-1], seen) if self.frames and self.frames[-1] is not seen else 0.0
         if step > DUPLICATE:
             self.recent.append(step)
         self.frames.append(seen)
@@ -174,7 +175,7 @@ class Segmenter:
         self.now += 1
         if self.now % self.stride == 0:
             self.past.append((self.now, seen.content))
-        level = float(np.quantile(self.recent, 0.3))
+        level = quantile(self.recent, 0.3)
         candidates = (self._fade(seen), self._cut(level), self._dissolve(step), self._drift(seen))
         found = []
         # Two kinds may name one frame: the one that knows the longer transition counts.
@@ -305,7 +306,7 @@ def mixture(a: Descriptor, between: list[Descriptor], b: Descriptor) -> tuple[np
 
 
 def described(frames: Iterable[np.ndarray]) -> Iterator[Descriptor]:
-    """Of every frame; one that is shown again, as a key frame that stands for others, is described once."""
+    """Of every frame; of one that is shown again, as a key frame that stands for others, it is the same object."""
     last, seen = None, None
     for frame in frames:
         again = last is not None and (frame[0] == last[0]).all() and np.array_equal(frame, last)

@@ -155,6 +155,44 @@ def test_a_packet_that_only_claims_to_be_a_key_frame(tmp_path, monkeypatch):
     assert (frames == every[[3, 100]]).all()
 
 
+def same_forked(path, threads):
+    """Whether a fork, which is not probed again and stops before the next key frame, decodes what one pass does."""
+    with open_reader(path, threads=threads) as reader:
+        every = dict(reader.decode(range(min(60, reader.info.num_frames))))
+        for wanted in (list(every), [*every][:1], [*every][:23], [*every][5:48:6]):
+            with reader.fork(threads) as forked:
+                frames = dict(forked.decode(wanted))
+            assert list(frames) == wanted and all((frames[i] == every[i]).all() for i in wanted)
+        return reader._depth is not None
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.mp4", {"bf": "3", "x264-params": "open-gop=1:keyint=24:scenecut=0"}),
+        ("a.mkv", {"bf": "4", "x264-params": "b-pyramid=strict:b-adapt=0:ref=5:keyint=48"}),
+        ("a.mov", {"bf": "2", "x264-params": "interlaced=1:keyint=24"}),
+        ("a.mp4", {"bf": "0", "x264-params": "intra-refresh=1:keyint=24"}),
+    ],
+)
+def test_a_fork_is_not_probed_again_and_decodes_the_same(tmp_path, name, options, threads):
+    assert same_forked(encode(tmp_path / name, 60, gop=24, **options), threads)
+
+
+@pytest.mark.parametrize("name", ["unordered.mov", "one_pixel_test_video.mp4", "video_90.mov", "demo.mp4"])
+def test_a_fork_of_a_real_file_decodes_the_same(test_data, name):
+    assert same_forked(test_data / "videos" / name, 3)  # of the first two, not probed is told another depth
+
+
+@pytest.mark.parametrize(("open_gop", "ends"), [(0, [24, 24, 48, None]), (1, [None, None, None, None])])
+def test_a_fork_needs_no_packet_of_the_next_closed_group(tmp_path, open_gop, ends):
+    options = {"bf": "3", "x264-params": f"open-gop={open_gop}:keyint=24:scenecut=0:b-adapt=0"}
+    with open_reader(encode(tmp_path / "a.mp4", 60, gop=24, **options), threads=1) as reader:
+        entries = reader._entries(reader._ordinal())
+        assert [reader._enough(entries, last) for last in (0, 23, 24, 59)] == ends
+
+
 def test_real_files_sampled_thinly_are_frames_of_a_full_pass(test_data):
     for name in ("VID00003-20100701-2204.3GP", "big_buck_bunny.mpg", "demo.mp4", "fades.mp4", "nasa_13013.mp4"):
         path = test_data / "videos" / name

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.synthetic import scenes
 from marc_jax.memory import events
+from marc_jax.memory.quantile import quantile
 
 
 def background(rng, size=56):
@@ -237,6 +238,11 @@ def test_feature_change():
     feat = rng.normal(size=(3, 6, 32))[event] + 0.1 * rng.normal(size=(10, 6, 32))
     assert events.segment_features(feat) == [(0, 4), (4, 6), (6, 10)]
     assert events.segment_features(feat[:1]) == [(0, 1)]
+
+
+@given(st.lists(st.floats(0, 4), min_size=1, max_size=64), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]))
+def test_quantiles_are_numpys(values, share):
+    assert quantile(values, share) == np.quantile(values, share)
 
 
 def test_border_scores():
