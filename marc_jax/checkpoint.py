@@ -21,6 +21,7 @@ import pathlib
 import re
 import shutil
 import sys
+from asyncio.log import logger as asyncio_log
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,8 +42,10 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 _KEY_KINDS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
-# What Orbax raises is said in one line by whoever calls; its threads would log the same with a long stack trace each.
+# What Orbax raises is said in one line by whoever calls. Its threads would log the same with a long stack trace each,
+# and asyncio those of writes that failed beside the first.
 logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+asyncio_log.addFilter(lambda record: not (record.exc_info and "orbax" in record.getMessage()))
 
 
 def _but_late_results(hook):

@@ -1,4 +1,6 @@
+import asyncio
 import errno
+import gc
 import json
 import os
 import pathlib
@@ -441,3 +443,24 @@ def test_a_checkpoint_of_the_first_version_is_read_by_this_one():
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = (jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
         np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-6)
+
+
+def test_writes_that_fail_beside_the_first_one_leave_no_stack_traces(caplog):
+    """A full disk fails many writes; asyncio logs each whose error nobody fetched. Other programs' tasks stay heard."""
+
+    def abandoned(filename):
+        scope = {}
+        exec(compile("async def write():\n    raise OSError('No space left on device')", filename, "exec"), scope)
+
+        async def main():
+            task = asyncio.ensure_future(scope["write"]())
+            await asyncio.sleep(0)
+            del task
+            gc.collect()
+
+        asyncio.run(main())
+
+    abandoned("/somewhere/orbax/checkpoint/serialization.py")
+    assert not caplog.records
+    abandoned("/somewhere/else.py")
+    assert [record.name for record in caplog.records] == ["asyncio"]
