@@ -12,10 +12,10 @@ def test_a_wheel_answers_from_a_foreign_folder(repo, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(repo), str(source)], check=True)
-    made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    made = [*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(source)]
     built = subprocess.run(made, capture_output=True, text=True)
-    if "setuptools" in built.stderr or "No module named pip" in built.stderr:
-        pytest.skip("needs pip and setuptools")
+    if "No matching distribution" in built.stderr or "No module named pip" in built.stderr:
+        pytest.skip("needs pip, and a registry that has setuptools")
     assert built.returncode == 0, built.stderr[-2000:]
     (wheel,) = tmp_path.glob("marc_jax-*.whl")
     installed = tmp_path / "installed"
